@@ -1,0 +1,78 @@
+"""Every private or version-dependent part of torch that the package relies on, in one place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+
+__all__ = [
+    "FakeTensorMode",
+    "ShapeEnv",
+    "cache_tag",
+    "compile_with_inductor",
+    "fake_mode_of",
+    "known_true",
+    "no_guards",
+    "trace_artifact",
+    "unset_fake_temporarily",
+]
+
+
+def fake_mode_of(gm: GraphModule) -> FakeTensorMode | None:
+    """The fake mode that a graph's example values belong to."""
+    values = [node.meta.get("example_value", node.meta.get("val")) for node in gm.graph.nodes]
+    return detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+
+
+def known_true(condition: Any, shape_env: ShapeEnv | None) -> bool:
+    """Whether a sympy condition over size symbols holds for all sizes; never installs a guard."""
+    if condition in (True, sympy.true):
+        return True
+    if condition in (False, sympy.false):
+        return False
+    if shape_env is None:
+        return False
+    return statically_known_true(shape_env.create_symboolnode(condition))
+
+
+@contextlib.contextmanager
+def no_guards(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Runs fake tensors without recording guards."""
+    with contextlib.ExitStack() as stack:
+        if mode is not None:
+            stack.enter_context(mode)
+            if mode.shape_env is not None:
+                stack.enter_context(mode.shape_env.suppress_guards())
+        yield
+
+
+@contextlib.contextmanager
+def cache_tag(tag: str) -> Iterator[None]:
+    """Adds `tag` to the keys of torch's compile caches, so that changed sources never meet stale entries."""
+    config = torch.compiler.config
+    with config.patch(cache_key_tag=f"{config.cache_key_tag}{tag}"):  # type: ignore[attr-defined]
+        yield
+
+
+def compile_with_inductor(gm: GraphModule, example_inputs: list[Any], patches: dict[str, Any]) -> Any:
+    """Compiles a Dynamo graph with Inductor."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, example_inputs, config_patches=patches or None)
+
+
+def trace_artifact(name: str, payload: Any) -> None:
+    """Writes a JSON artifact to torch's structured trace (`TORCH_TRACE`, read by tlparse)."""
+    from torch._logging import trace_structured
+
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload
+    )

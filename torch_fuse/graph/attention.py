@@ -1,0 +1,168 @@
+"""Recogniser: softmax(q @ k.T * scale + mask) @ v, as `scaled_dot_product_attention` or written out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.linear import transposed_source
+from torch_fuse.graph.norm import strip_casts
+from torch_fuse.graph.values import equal, same_shape, static_int, tensor
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention.
+
+    Attributes:
+        node: the result [B, num_heads, S_q, head_dim].
+        query: [B, num_heads, S_q, head_dim], before any scaling.
+        key: [B, num_kv_heads or num_heads, S_k, head_dim].
+        value: [B, num_kv_heads or num_heads, S_k, head_dim].
+        mask: boolean (True: attend) or additive mask, or None.
+        is_causal: queries attend to keys up to their own index.
+        scale: factor of the scores, or None for 1 / sqrt(head_dim).
+        dropout_p: probability of dropping an attention weight.
+        written_out: it is spelled with matmul and softmax.
+        nodes: the nodes of the attention itself.
+    """
+
+    node: Node
+    query: Node
+    key: Node
+    value: Node
+    mask: Node | None = None
+    is_causal: bool = False
+    scale: Any = None
+    dropout_p: Any = 0.0
+    written_out: bool = False
+    nodes: frozenset[Node] = field(default_factory=frozenset)
+
+
+def match_attention(node: Node) -> Attention | None:
+    """Recognises an attention whose result is `node`; None for anything else."""
+    call = call_of(node)
+    if call is None:
+        return None
+    if call.op == "scaled_dot_product_attention":
+        inputs = [call["query"], call["key"], call["value"]]
+        found = [tensor(x) for x in inputs]
+        if any(x is None or x.dim() < 3 for x in found):
+            return None
+        return Attention(
+            node, *inputs, mask=call["attn_mask"], is_causal=call["is_causal"], scale=call["scale"],
+            dropout_p=call["dropout_p"], nodes=frozenset({node}),
+        )  # fmt: skip
+    return _written_out(node) if call.op == "matmul" else None
+
+
+def _written_out(node: Node) -> Attention | None:
+    call = call_of(node)
+    assert call is not None
+    nodes = {node}
+    weights, dropout_p = _weights(call["input"], nodes)
+    softmax = call_of(weights)
+    if softmax is None or softmax.op != "softmax":
+        return None
+    scores = tensor(weights)
+    if scores is None or scores.dim() < 3 or softmax["dim"] not in (-1, scores.dim() - 1):
+        return None
+    nodes.add(weights)
+    mask, scale, current = None, None, strip_casts(softmax["input"], nodes)
+    for _ in range(4):
+        step = call_of(current)
+        if step is None or step.inplace:
+            return None
+        if step.op == "matmul":
+            key = transposed_source(strip_casts(step["other"], nodes))
+            if key is None:
+                return None
+            query = strip_casts(step["input"], nodes)
+            nodes.update({current, strip_casts(step["other"])})
+            return Attention(
+                node, query, strip_casts(key, nodes), call["other"], mask, False, scale, dropout_p, True,
+                frozenset(nodes),
+            )  # fmt: skip
+        nodes.add(current)
+        if step.op == "add" and tensor(step["other"]) is not None and mask is None and step["alpha"] == 1:
+            bigger = _scores_operand(step["input"], step["other"])
+            mask = step["other"] if bigger is step["input"] else step["input"]
+            current = strip_casts(bigger, nodes)
+        elif step.op in ("mul", "div") and scale is None:
+            scale = step["other"] if step.op == "mul" else ("1/", step["other"])
+            current = strip_casts(step["input"], nodes)
+        elif step.op in ("masked_fill", "where") and mask is None:
+            mask = step["mask"] if step.op == "masked_fill" else step["condition"]
+            current = strip_casts(step["input"], nodes)
+        else:
+            return None
+    return None
+
+
+def _scores_operand(a: Node, b: Node) -> Node:
+    """Of two summands, the one that comes from a product."""
+    for candidate in (a, b):
+        inner = call_of(strip_casts(candidate))
+        if inner is not None and inner.op in ("matmul", "mul", "div"):
+            return candidate
+    return a
+
+
+def _weights(node: Any, nodes: set[Node]) -> tuple[Any, Any]:
+    """Looks through casts and dropout between softmax and the product with the values."""
+    dropout_p: Any = 0.0
+    node = strip_casts(node, nodes)
+    call = call_of(node)
+    if call is not None and call.op == "dropout":
+        dropout_p = call["p"] if call["training"] else 0.0
+        nodes.add(node)
+        node = strip_casts(call["input"], nodes)
+    return node, dropout_p
+
+
+def expanded_heads(node: Node) -> tuple[Node, set[Node]]:
+    """Looks through the repetition of key and value heads for grouped-query attention.
+
+    Returns:
+        The unrepeated [B, num_kv_heads, S, head_dim] and the nodes looked through; `node` itself and no nodes when
+        heads are not repeated one after the other (repeat_interleave order).
+    """
+    result = tensor(node)
+    call = call_of(node)
+    if result is None or result.dim() != 4 or call is None:
+        return node, set()
+    if call.op == "repeat_interleave" and call["dim"] in (1, -3):
+        return call["input"], {node}
+    if call.op not in ("reshape", "flatten", "contiguous", "view"):
+        return node, set()
+    nodes, chain = {node}, call["input"]
+    grown = tensor(chain)
+    expand = call_of(chain)
+    if grown is None or grown.dim() != 5 or expand is None or expand.op not in ("expand", "expand_as"):
+        return node, set()
+    single = tensor(expand["input"])
+    unsqueezed = call_of(expand["input"])
+    if single is None or single.dim() != 5 or static_int(single.shape[2]) != 1 or unsqueezed is None:
+        return node, set()
+    if unsqueezed.op not in ("unsqueeze", "getitem"):
+        return node, set()
+    source = unsqueezed["input"]
+    found = tensor(source)
+    outer = found is not None and found.dim() == 4 and same_shape(found.shape[:2], single.shape[:2])
+    if not outer or not same_shape(found.shape[2:], single.shape[3:]):  # type: ignore[union-attr]
+        return node, set()
+    if not equal(result.shape[1], grown.shape[1] * grown.shape[2]):
+        return node, set()
+    return source, {*nodes, chain, expand["input"]}
+
+
+def attentions(nodes: list[Node]) -> Iterator[Attention]:
+    """All attentions of a graph, in order."""
+    for node in nodes:
+        found = match_attention(node)
+        if found is not None:
+            yield found

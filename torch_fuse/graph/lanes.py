@@ -1,0 +1,332 @@
+"""Which input elements, with which signs, make up each element of a value's last dimension.
+
+A rotary embedding only moves, negates, multiplies and adds elements along the head dimension. Instead of listing
+how libraries spell that (slices and `cat`, `stack` and `flatten`, strided stores, ...), the graph's own operators
+are run on small integer tensors that stand for "lane i of that leaf". What comes out says what the subgraph means.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from torch_fuse.graph.calls import Call, call_of
+from torch_fuse.graph.effects import Order
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.values import same_shape, static_int, tensor, value
+
+_UNWRITTEN = -1
+_LEAF = 1 << 20  # a reference is (leaf number + 1) * _LEAF + lane; 0 stands for the factor 1
+_MAX_TERMS = 8
+
+
+@dataclass(frozen=True)
+class Term:
+    """sign * a * b for every lane; a and b are references (b = 0 for a single factor); sign 0 is no term."""
+
+    sign: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Term:
+        return Term(function(self.sign), function(self.a), function(self.b))
+
+
+Lanes = list[Term]
+
+
+@dataclass
+class LaneTrace:
+    """Evaluates nodes to sums of terms over leaves.
+
+    Attributes:
+        order: positions of the graph's nodes.
+        is_leaf: nodes that are not looked into.
+        leaves: the leaves met so far; a reference names a leaf by its position here.
+        nodes: every node looked through.
+    """
+
+    order: Order
+    is_leaf: Callable[[Node], bool]
+    leaves: list[Node] = field(default_factory=list)
+    nodes: set[Node] = field(default_factory=set)
+    _memo: dict[tuple[Node, int, int], Lanes | list[Lanes]] = field(default_factory=dict)
+
+    def trace(self, node: Node, rank: int = 1) -> Lanes:
+        """The terms of the last `rank` dimensions of `node`, as read at the end of the graph so far."""
+        found = self._trace(node, rank)
+        assert not found or isinstance(found[0], Term)
+        return found  # type: ignore[return-value]
+
+    def _trace(self, node: Node, rank: int, index: int = -1) -> Any:
+        key = (node, rank, index)
+        if key not in self._memo:
+            call = None if self.is_leaf(node) else call_of(node)
+            lanes = self._call(node, call, rank) if call is not None else None
+            if lanes is None:
+                lanes = self._leaf(node, rank)
+            else:
+                self.nodes.add(node)
+            self._memo[key] = lanes
+        return self._memo[key]
+
+    def _leaf(self, node: Node, rank: int) -> Lanes:
+        found = tensor(node)
+        if found is None or not (found.dtype.is_floating_point and found.dim() >= rank):
+            raise Miss(f"{node.name} is not a real tensor of at least {rank} dimensions", node)
+        sizes = [static_int(size) for size in found.shape[found.dim() - rank :]]
+        if any(size is None for size in sizes):
+            raise Miss(f"the head dimension of {node.name} is not static", node)
+        if node not in self.leaves:
+            self.leaves.append(node)
+        shape = [size for size in sizes if size is not None]
+        count = torch.Size(shape).numel()
+        if count >= _LEAF:
+            raise Miss(f"the head dimension of {node.name} has {count} elements", node)
+        number = torch.arange(count, device="cpu").reshape(shape)
+        refs = number + (self.leaves.index(node) + 1) * _LEAF
+        return [Term(torch.ones_like(refs), refs, torch.zeros_like(refs))]
+
+    # -- operators -------------------------------------------------------------------------------------------
+
+    def _call(self, node: Node, call: Call, rank: int) -> Any:
+        """The terms of a node whose operator acts on the last `rank` dimensions alone; None makes it a leaf."""
+        op = call.op
+        if call.inplace:
+            return None
+        if op in ("cast", "contiguous", "clone"):
+            return self._cast(call["input"], node, rank)
+        if op == "neg":
+            return [Term(-t.sign, t.a, t.b) for t in self.trace(call["input"], rank)]
+        if op in ("add", "sub") and call["alpha"] == 1:
+            return self._sum(call, rank, -1 if op == "sub" else 1)
+        if op == "mul":
+            return self._product(call, rank)
+        if op in ("empty_like", "zeros_like"):
+            return self._stores(node, rank)
+        if op in ("view", "reshape", "flatten", "unflatten"):
+            return self._reshape(call["input"], node, rank)
+        if op == "getitem":
+            return self._getitem(node, call, rank)
+        if op in ("cat", "stack"):
+            return self._join(node, call, rank)
+        if op in ("narrow", "select", "repeat_interleave", "transpose"):
+            return self._along(node, call, rank)
+        return None
+
+    def _rank_of(self, node: Any, rank: int) -> int:
+        found = tensor(node)
+        return rank if found is None else min(rank, found.dim())
+
+    def _cast(self, source: Any, node: Node, rank: int) -> Lanes | None:
+        found, result = tensor(source), tensor(node)
+        if found is None or result is None or not found.dtype.is_floating_point:
+            return None
+        if not result.dtype.is_floating_point or found.device != result.device:
+            return None
+        return self.trace(source, rank)
+
+    def _sum(self, call: Call, rank: int, sign: int) -> Lanes | None:
+        left, right = call["input"], call["other"]
+        if tensor(left) is None or tensor(right) is None:
+            return None
+        second = [Term(sign * t.sign, t.a, t.b) for t in self.trace(right, self._rank_of(right, rank))]
+        terms = [*self.trace(left, self._rank_of(left, rank)), *second]
+        return _merge(_broadcast(terms))
+
+    def _product(self, call: Call, rank: int) -> Lanes | None:
+        left, right = call["input"], call["other"]
+        if tensor(left) is None or tensor(right) is None:
+            return None
+        first, second = (self.trace(side, self._rank_of(side, rank)) for side in (left, right))
+        terms = []
+        for x in first:
+            for y in second:
+                if bool((x.b != 0).any()) or bool((y.b != 0).any()):
+                    return None
+                sign, a, b = torch.broadcast_tensors(x.sign * y.sign, x.a, y.a)
+                terms.append(Term(sign, torch.maximum(a, b), torch.minimum(a, b)))
+        return _merge(_broadcast(terms))
+
+    def _reshape(self, source: Any, node: Node, rank: int) -> Lanes | None:
+        found, result = tensor(source), tensor(node)
+        if found is None or result is None:
+            return None
+        outer = result.dim() - rank
+        if outer > found.dim() - 1 or not same_shape(found.shape[:outer], result.shape[:outer]):
+            return None
+        shape = [static_int(size) for size in result.shape[outer:]]
+        if any(size is None for size in shape):
+            return None
+        return [t.map(lambda x: x.reshape(shape)) for t in _broadcast(self.trace(source, found.dim() - outer))]
+
+    def _getitem(self, node: Node, call: Call, rank: int) -> Lanes | None:
+        source, index = call["input"], call["index"]
+        parts = call_of(source)
+        if isinstance(index, int) and parts is not None and not isinstance(value(source), torch.Tensor):
+            return self._part(parts, index, node, rank)
+        found, result = tensor(source), tensor(node)
+        if found is None or result is None:
+            return None
+        outer = result.dim() - rank
+        lane_index = _lane_index(index, found.dim(), outer)
+        if lane_index is None or outer >= found.dim():
+            return None
+        return [t.map(lambda x: x[lane_index]) for t in _broadcast(self.trace(source, found.dim() - outer))]
+
+    def _part(self, call: Call, index: int, node: Node, rank: int) -> Lanes | None:
+        """One result of chunk, split or unbind."""
+        if call.op not in ("chunk", "split", "unbind"):
+            return None
+        source = call["input"]
+        found, result = tensor(source), tensor(node)
+        if found is None or result is None:
+            return None
+        inner = rank + 1 if call.op == "unbind" else rank
+        dim = _lane_dim(call["dim"], found.dim(), inner)
+        if dim is None:
+            return None
+        terms = _broadcast(self.trace(source, inner))
+        if call.op == "unbind":
+            return [t.map(lambda x: x.unbind(dim)[index]) for t in terms]
+        how = call["chunks"] if call.op == "chunk" else call["split_size_or_sections"]
+        split = torch.chunk if call.op == "chunk" else torch.split
+        return [t.map(lambda x: split(x, how, dim)[index]) for t in terms]
+
+    def _join(self, node: Node, call: Call, rank: int) -> Lanes | None:
+        parts = call["tensors"]
+        result = tensor(node)
+        if result is None or not isinstance(parts, (list, tuple)):
+            return None
+        dim = _lane_dim(call["dim"], result.dim(), rank)
+        if dim is None:
+            return None
+        inner = rank - 1 if call.op == "stack" else rank
+        if inner < 1:
+            return None
+        traced = [_broadcast(self.trace(part, inner)) for part in parts]
+        count = max(len(terms) for terms in traced)
+        if any(not terms for terms in traced):
+            return None
+        padded = [terms + [_nothing(terms[0])] * (count - len(terms)) for terms in traced]
+        join = torch.cat if call.op == "cat" else torch.stack
+        joined: list[list[torch.Tensor]] = [
+            [join([getattr(terms[k], name) for terms in padded], dim) for name in ("sign", "a", "b")]
+            for k in range(count)
+        ]
+        return _merge([Term(*item) for item in joined])
+
+    def _along(self, node: Node, call: Call, rank: int) -> Lanes | None:
+        source = call["input"]
+        found = tensor(source)
+        if found is None:
+            return None
+        inner = rank + 1 if call.op == "select" else rank
+        if call.op == "transpose":
+            dims = [_lane_dim(call[name], found.dim(), inner) for name in ("dim0", "dim1")]
+        else:
+            dims = [None if call["dim"] is None else _lane_dim(call["dim"], found.dim(), inner)]
+        if any(dim is None for dim in dims) or found.dim() < inner:
+            return None
+        arguments = {
+            "transpose": lambda x: x.transpose(*dims),
+            "narrow": lambda x: x.narrow(dims[0], call.args["start"], call.args["length"]),
+            "select": lambda x: x.select(dims[0], call.args["index"]),
+            "repeat_interleave": lambda x: x.repeat_interleave(call.args["repeats"], dims[0]),
+        }
+        if call.op == "repeat_interleave" and not isinstance(call["repeats"], int):
+            return None
+        return [t.map(arguments[call.op]) for t in _broadcast(self.trace(source, inner))]
+
+    def _stores(self, node: Node, rank: int) -> Lanes | None:
+        """A tensor made empty and filled by stores along its last dimensions."""
+        stores = [
+            user
+            for user in node.users
+            if user.op == "call_function" and user.target is operator.setitem and user.args[0] is node
+        ]
+        if not stores:
+            return None
+        last = max(self.order.index[store] for store in stores)
+        for user in node.users:
+            if user not in stores and self.order.index[user] < last:
+                raise Miss(f"{node.name} is read before it is filled", user)
+        result = tensor(node)
+        assert result is not None
+        shape = [static_int(size) for size in result.shape[result.dim() - rank :]]
+        blank = torch.full(shape, _UNWRITTEN, device="cpu")
+        terms = [Term(blank.clone(), blank.clone(), blank.clone())]
+        for store in sorted(stores, key=self.order.index.__getitem__):
+            index = _lane_index(store.args[1], result.dim(), result.dim() - rank)
+            stored = tensor(store.args[2])
+            if index is None or stored is None or not isinstance(store.args[2], Node):
+                raise Miss(f"{store.name} does not store along the head dimension", store)
+            parts = _broadcast(self.trace(store.args[2], min(rank, stored.dim())))
+            while len(terms) < len(parts):
+                terms.append(_nothing(terms[0]))
+            for k, term in enumerate(terms):
+                part = parts[k] if k < len(parts) else _nothing(parts[0])
+                for name in ("sign", "a", "b"):
+                    getattr(term, name)[index] = getattr(part, name)
+            self.nodes.add(store)
+        if bool((terms[0].sign == _UNWRITTEN).any() & (terms[0].a == _UNWRITTEN).any()):
+            raise Miss(f"{node.name} is not filled completely", node)
+        return _merge(terms)
+
+
+def _nothing(like: Term) -> Term:
+    zero = torch.zeros_like(like.sign)
+    return Term(zero, zero.clone(), zero.clone())
+
+
+def _broadcast(terms: Lanes) -> Lanes:
+    if len({t.sign.shape for t in terms} | {t.a.shape for t in terms}) <= 1:
+        return terms
+    shape = torch.broadcast_shapes(*(t.sign.shape for t in terms))
+    return [t.map(lambda x: x.expand(shape)) for t in terms]
+
+
+def _merge(terms: Lanes) -> Lanes:
+    """Drops terms that are nothing everywhere.
+
+    Raises:
+        Miss: when there are more terms than a rotary embedding has.
+    """
+    kept = [t for t in terms if bool((t.sign != 0).any())]
+    if len(kept) > _MAX_TERMS:
+        raise Miss(f"the value is a sum of {len(kept)} terms, more than a rotary embedding has")
+    return kept or terms[:1]
+
+
+def _lane_dim(dim: Any, ndim: int, rank: int) -> int | None:
+    """`dim` of a tensor as a dimension of its last `rank` ones, or None when it is an outer dimension."""
+    if not isinstance(dim, int):
+        return None
+    lane = (dim % ndim) - (ndim - rank)
+    return lane if lane >= 0 else None
+
+
+def _lane_index(index: Any, ndim: int, outer: int) -> tuple[Any, ...] | None:
+    """The part of an index that acts on the dimensions from `outer` on; None when it touches the others."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(not (part is Ellipsis or isinstance(part, (slice, int))) for part in parts):
+        return None
+    if any(isinstance(x, Node) for p in parts if isinstance(p, slice) for x in (p.start, p.stop, p.step)):
+        return None
+    if Ellipsis in parts:
+        at = parts.index(Ellipsis)
+        parts = (*parts[:at], *[slice(None)] * (ndim - len(parts) + 1), *parts[at + 1 :])
+    parts = (*parts, *[slice(None)] * (ndim - len(parts)))
+    if any(part != slice(None) for part in parts[:outer]):
+        return None
+    return tuple(parts[outer:])
+
+
+def leaf_and_lane(refs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Splits references into leaf numbers (-1 for the factor 1) and lanes."""
+    return refs // _LEAF - 1, refs % _LEAF

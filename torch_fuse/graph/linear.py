@@ -1,0 +1,88 @@
+"""Recogniser: x @ W.T + b, as `linear`, `matmul` with a transposed weight, `addmm` (Conv1D) or with a later bias."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.values import tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer.
+
+    Attributes:
+        node: the result [..., out_features].
+        input: [..., in_features].
+        weight: [out_features, in_features], or [in_features, out_features] when `transposed`.
+        bias: [out_features], or None.
+        transposed: the weight is stored with in_features first.
+    """
+
+    node: Node
+    input: Node
+    weight: Node
+    bias: Node | None
+    transposed: bool
+
+
+def match_linear(node: Node) -> Linear | None:
+    """Recognises a linear layer whose result is `node`; None for anything else."""
+    call = call_of(node)
+    if call is None:
+        return None
+    if call.op == "linear":
+        return Linear(node, call["input"], call["weight"], call["bias"], transposed=False)
+    if call.op == "addmm" and call["beta"] == 1 and call["alpha"] == 1:
+        return _product(node, call["mat1"], call["mat2"], call["input"])
+    if call.op == "matmul":
+        return _product(node, call["input"], call["other"], None)
+    if call.op == "add" and call["alpha"] == 1:
+        for bias, product in ((call["other"], call["input"]), (call["input"], call["other"])):
+            vector = tensor(bias)
+            if vector is None or vector.dim() != 1 or not isinstance(product, Node):
+                continue
+            inner = match_linear(product)
+            if inner is not None and inner.bias is None and len(product.users) == 1:
+                return Linear(node, inner.input, inner.weight, bias, inner.transposed)
+    return None
+
+
+def _product(node: Node, x: Any, weight: Any, bias: Any) -> Linear | None:
+    matrix = tensor(weight)
+    if matrix is None or matrix.dim() != 2 or tensor(x) is None:
+        return None
+    bias = bias if isinstance(bias, Node) else None
+    original = transposed_source(weight)
+    if original is not None:
+        return Linear(node, x, original, bias, transposed=False)
+    if weight.op in ("placeholder", "get_attr"):
+        return Linear(node, x, weight, bias, transposed=True)
+    return None
+
+
+def transposed_source(node: Any) -> Node | None:
+    """x of x.T, x.t(), x.transpose(-1, -2), x.permute(1, 0) for a matrix, or with leading dimensions kept."""
+    found = tensor(node)
+    call = call_of(node)
+    if call is None and isinstance(node, Node) and node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        if "getattr" in name and node.args[1:] and node.args[1] in ("T", "mT"):
+            return node.args[0] if isinstance(node.args[0], Node) else None
+    if call is None or found is None:
+        return None
+    ndim = found.dim()
+    if call.op in ("t", "numpy_T"):
+        return call["input"] if ndim == 2 else None
+    if call.op == "transpose":
+        dims = {call["dim0"] % ndim, call["dim1"] % ndim}
+        return call["input"] if dims == {ndim - 1, ndim - 2} else None
+    if call.op == "permute":
+        dims_list = [d % ndim for d in call["dims"]]
+        expected = [*range(ndim - 2), ndim - 1, ndim - 2]
+        return call["input"] if dims_list == expected else None
+    return None

@@ -1,0 +1,167 @@
+"""Recogniser: rotary position embedding along the last dimension, in every spelling.
+
+out[p] = x[p] * cos - x[q] * sin and out[q] = x[q] * cos + x[p] * sin for the pairs (p, q) of the first
+`rotary_dim` lanes, the rest passed through (RoFormer, arXiv:2104.09864). Pairs are (i, i + rotary_dim / 2)
+("half", GPT-NeoX, Llama) or (2i, 2i + 1) ("interleaved", GPT-J, Wan).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from torch_fuse.graph.effects import Order
+from torch_fuse.graph.lanes import LaneTrace, Term, leaf_and_lane
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.values import same_shape, tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding.
+
+    Attributes:
+        node: its result, [..., head_dim].
+        source: what is rotated; lanes [offset, offset + head_dim) of its last dimension.
+        offset: first lane.
+        head_dim: size of the last dimension of the result.
+        rotary_dim: lanes that are rotated, from lane 0 on.
+        interleaved: pairs are (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
+        cos: table of cosines; cos_lanes = (step, first, second): pair i uses lanes step * i + first and
+            step * i + second of its last dimension for its two elements.
+        sin: table of sines, and sin_lanes.
+        nodes: all nodes from the source to the result.
+    """
+
+    node: Node
+    source: Node
+    offset: int
+    head_dim: int
+    rotary_dim: int
+    interleaved: bool
+    cos: Node
+    sin: Node
+    cos_lanes: tuple[int, int, int]
+    sin_lanes: tuple[int, int, int]
+    nodes: frozenset[Node]
+
+
+# A product of one lane: sign, lane of the source, (leaf, lane) of the table or None.
+_Product = tuple[int, int, "tuple[int, int] | None"]
+
+
+def match_rope(
+    node: Node, order: Order, is_leaf: Callable[[Node], bool], tables: Collection[Node] = ()
+) -> Rope | None:
+    """Recognises a rotary embedding whose result is `node`; None when nothing is rotated.
+
+    Args:
+        node: a tensor [..., head_dim].
+        order: positions of the graph's nodes.
+        is_leaf: nodes not to look into, such as the result of a norm.
+        tables: nodes known to be tables of cosines or sines (from the query, when matching the key).
+
+    Raises:
+        Miss: when elements are combined along the last dimension, but not as a rotary embedding does.
+    """
+    trace = LaneTrace(order, is_leaf)
+    terms = trace.trace(node)
+    if node in trace.leaves or not any(bool((term.b != 0).any()) for term in terms):
+        return None
+    source = _source(node, trace, tables)
+    lanes = _products(terms, source, node)
+    head_dim = len(lanes)
+    offset = min(product[1] for lane in lanes for product in lane)
+    rotary_dim = sum(len(lane) == 2 for lane in lanes)
+    if rotary_dim == 0 or any(len(lane) != 2 for lane in lanes[:rotary_dim]):
+        raise Miss("the rotated lanes are not the first of the head dimension", node, 2)
+    if rotary_dim % 2:
+        raise Miss(f"{rotary_dim} lanes are rotated, an odd number", node, 2)
+    for d, lane in enumerate(lanes[rotary_dim:], rotary_dim):
+        if lane[0] != (1, offset + d, None):
+            raise Miss(f"lane {d} is not passed through unchanged", node, 2)
+    half = rotary_dim // 2
+    interleaved = half > 1 and any(product[1] == offset + 1 for product in lanes[0])
+    pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
+    cos: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    sin: list[tuple[tuple[int, int], tuple[int, int]]] = []
+    for first, second in pairs:
+        own_1, cross_1 = _own_and_cross(lanes[first], offset + first, offset + second, -1, node)
+        own_2, cross_2 = _own_and_cross(lanes[second], offset + second, offset + first, 1, node)
+        cos.append((own_1, own_2))
+        sin.append((cross_1, cross_2))
+    cos_leaf, cos_lanes = _table(cos, trace.leaves, node)
+    sin_leaf, sin_lanes = _table(sin, trace.leaves, node)
+    return Rope(
+        node, trace.leaves[source], offset, head_dim, rotary_dim, interleaved, cos_leaf, sin_leaf, cos_lanes,
+        sin_lanes, frozenset(trace.nodes),
+    )  # fmt: skip
+
+
+def _source(node: Node, trace: LaneTrace, tables: Collection[Node]) -> int:
+    """The number of the leaf that is rotated: the one that has the result's leading dimensions."""
+    result = tensor(node)
+    assert result is not None
+    candidates = []
+    for number, leaf in enumerate(trace.leaves):
+        found = tensor(leaf)
+        if leaf in tables or found is None or found.dim() < result.dim():
+            continue
+        if same_shape(found.shape[: result.dim() - 1], result.shape[:-1]):
+            candidates.append(number)
+    if len(candidates) != 1:
+        raise Miss(f"{len(candidates)} of {len(trace.leaves)} inputs could be what is rotated", node, 1)
+    return candidates[0]
+
+
+def _products(terms: Sequence[Term], source: int, node: Node) -> list[list[_Product]]:
+    """For each lane of the result, the products that are summed."""
+    columns = []
+    for term in terms:
+        (leaf_a, lane_a), (leaf_b, lane_b) = leaf_and_lane(term.a), leaf_and_lane(term.b)
+        columns.append([x.flatten().tolist() for x in (term.sign, leaf_a, lane_a, leaf_b, lane_b)])
+    lanes: list[list[_Product]] = []
+    for d in range(len(columns[0][0])):
+        products: list[_Product] = []
+        for sign, *factors in ([column[d] for column in term] for term in columns):
+            if sign == 0:
+                continue
+            found = [(factors[i], factors[i + 1]) for i in (0, 2) if factors[i] >= 0]
+            data = [lane for leaf, lane in found if leaf == source]
+            other = [factor for factor in found if factor[0] != source]
+            if len(data) != 1 or len(other) > 1:
+                raise Miss(f"lane {d} is not a sum of elements times table entries", node, 1)
+            products.append((sign, data[0], other[0] if other else None))
+        if len(products) not in (1, 2) or (len(products) == 2 and any(p[2] is None for p in products)):
+            raise Miss(f"lane {d} is a sum of {len(products)} terms that is no rotation", node, 1)
+        lanes.append(products)
+    return lanes
+
+
+def _own_and_cross(
+    lane: Sequence[_Product], own: int, cross: int, sign: int, node: Node
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The table entries of x[own] (the cosine) and of sign * x[cross] (the sine)."""
+    by_source = {product[1]: product for product in lane}
+    if set(by_source) != {own, cross}:
+        raise Miss("lanes are paired neither (i, i + rotary_dim / 2) nor (2i, 2i + 1)", node, 2)
+    (own_sign, _, cos), (cross_sign, _, sin) = by_source[own], by_source[cross]
+    if (own_sign, cross_sign) != (1, sign):
+        raise Miss("the rotation has other signs than (x1 cos - x2 sin, x2 cos + x1 sin)", node, 2)
+    assert cos is not None and sin is not None
+    return cos, sin
+
+
+def _table(
+    entries: Sequence[tuple[tuple[int, int], tuple[int, int]]], leaves: Sequence[Node], node: Node
+) -> tuple[Node, tuple[int, int, int]]:
+    """The leaf and the (step, first, second) lanes that the entries of all pairs come from."""
+    leaf = entries[0][0][0]
+    first, second = entries[0][0][1], entries[0][1][1]
+    step = entries[1][0][1] - first if len(entries) > 1 else 1
+    for i, (one, two) in enumerate(entries):
+        if one != (leaf, first + i * step) or two != (leaf, second + i * step):
+            raise Miss("the cosines or sines of the pairs are not evenly spaced in one table", node, 2)
+    return leaves[leaf], (step, first, second)

@@ -1,0 +1,1 @@
+"""How a fusion is written (`Pattern`), found (`registry`) and applied to a graph (`engine`)."""

@@ -1,0 +1,137 @@
+"""Emits nodes into a graph, with their fake values, and takes them back when the rewrite does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node, map_arg
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from torch_fuse._compat import FakeTensorMode, no_guards
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.values import equal, same_shape, tensor, tensors, value
+
+
+class Builder:
+    """Inserts calls before one node of a graph."""
+
+    def __init__(self, gm: GraphModule, before: Node, mode: FakeTensorMode | None, source: Node) -> None:
+        self.gm = gm
+        self.nodes: list[Node] = []
+        self._before = before
+        self._mode = mode
+        self._stack_trace = source.stack_trace
+
+    def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
+        """Emits a call of a function or, for a string, of a tensor method, and returns its node.
+
+        Raises:
+            Miss: when the call does not accept the (fake) values it is given.
+        """
+        graph = self.gm.graph
+        with graph.inserting_before(self._before):
+            if isinstance(target, str):
+                node = graph.call_method(target, args, kwargs)
+            else:
+                node = graph.call_function(target, args, kwargs)
+        node.stack_trace = self._stack_trace
+        self.nodes.append(node)
+        try:
+            node.meta["example_value"] = evaluate(node, self._mode)
+        except Exception as error:
+            raise Miss(f"{target} does not accept its inputs: {error}", node) from error
+        return node
+
+    def discard(self) -> None:
+        """Takes all emitted nodes back."""
+        for node in reversed(self.nodes):
+            self.gm.graph.erase_node(node)
+        self.nodes.clear()
+
+
+def evaluate(node: Node, mode: FakeTensorMode | None) -> Any:
+    """The fake value of a call, from the fake values of its arguments."""
+    args, kwargs = map_arg((node.args, node.kwargs), value)
+    with no_guards(mode):
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def check_same_meta(old: Node, new: Node) -> None:
+    """Raises Miss unless two nodes agree in shape, dtype and device."""
+    before, after = tensor(old), tensor(new)
+    if before is None or after is None:
+        raise Miss(f"{old.name} or its replacement is not a tensor", old)
+    if not same_shape(before.shape, after.shape):
+        raise Miss(f"the replacement of {old.name} has shape {list(after.shape)}, not {list(before.shape)}", old)
+    if before.dtype != after.dtype or before.device != after.device:
+        raise Miss(
+            f"the replacement of {old.name} is {after.dtype} on {after.device}, not {before.dtype} on "
+            f"{before.device}",
+            old,
+        )
+
+
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of the same shape lie alike in memory, as far as is known."""
+    return all(
+        equal(size, 1) or equal(x, y) for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def restride(changed: dict[Node, Node], mode: FakeTensorMode | None) -> None:
+    """Follows changed strides downstream and updates the fake values, without changing the graph.
+
+    Args:
+        changed: old node -> its replacement; users still read the old nodes.
+
+    Raises:
+        Miss: when an operator cannot take the new strides (a `view`), or a result of the graph would change its.
+    """
+    new_values: dict[Node, Any] = {
+        old: value(new)
+        for old, new in changed.items()
+        if not same_strides(value(old), value(new))
+    }
+    if not new_values:
+        return
+    graph = next(iter(changed)).graph
+    started = False
+    for node in list(graph.nodes):
+        started = started or node in new_values
+        if not started or node in new_values or not any(a in new_values for a in node.all_input_nodes):
+            continue
+        if node.op == "output":
+            raise Miss("a result of the graph would change its strides", node)
+        if node.op not in ("call_function", "call_method"):
+            raise Miss(f"{node.name} takes a value whose strides would change", node)
+        new = _evaluate_with(node, new_values, mode)
+        sources = [new_values[a] for a in node.all_input_nodes if a in new_values]
+        if not _settled(new, value(node)) or _aliases(new, sources):
+            new_values[node] = new
+    for node, new in new_values.items():
+        if node not in changed:
+            node.meta["example_value"] = new
+
+
+def _settled(new: Any, old: Any) -> bool:
+    return isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor) and same_strides(new, old)
+
+
+def _aliases(new: Any, sources: list[Any]) -> bool:
+    refs = {StorageWeakRef(t.untyped_storage()) for t in tensors(sources)}
+    return any(StorageWeakRef(t.untyped_storage()) in refs for t in tensors(new))
+
+
+def _evaluate_with(node: Node, new_values: dict[Node, Any], mode: FakeTensorMode | None) -> Any:
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: new_values.get(n, value(n)))
+    try:
+        with no_guards(mode):
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception as error:
+        raise Miss(f"{node.name} cannot take the new strides: {error}", node) from error

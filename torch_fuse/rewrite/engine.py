@@ -1,0 +1,248 @@
+"""Applies the registered patterns to a graph and writes down what became of every candidate."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.values import describe_shape, location, tensor, value
+from torch_fuse.options import Options
+from torch_fuse.report import GraphReport, Site, Status
+from torch_fuse.rewrite.builder import Builder, check_same_meta, restride, same_strides
+from torch_fuse.rewrite.pattern import Match, Pattern
+from torch_fuse.rewrite.view import KINDS, GraphView
+
+_log = logging.getLogger(__name__)
+
+# What is said of a candidate that no pattern had anything to do with.
+_UNCLAIMED: dict[str, tuple[Status, str]] = {
+    "attention": ("kept", "nothing to fuse around it: no mask, no rotary embedding, no norm of query and key"),
+    "norm_linear": ("kept", "Inductor fuses the norm into one kernel; the product stays with the GEMM library"),
+    "combine": ("kept", "Inductor fuses the sum into one kernel; no registered fusion takes it further"),
+    "dequant": ("missed", "no registered fusion for a weight that is dequantised in the graph"),
+}
+# Child graphs whose bodies are differentiated and compiled like the outer graph.
+_OPEN_REGIONS = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "cond", "invoke_subgraph"}
+
+
+@dataclass
+class Outcome:
+    """A rewritten graph module.
+
+    Attributes:
+        gm: the graph module that was given, rewritten in place.
+        original: a copy of it as it was, or None when nothing was rewritten.
+        report: what became of every candidate.
+    """
+
+    gm: GraphModule
+    original: GraphModule | None
+    report: GraphReport
+
+
+@dataclass
+class _Run:
+    options: Options
+    patterns: dict[str, Pattern]
+    dry: bool
+    report: GraphReport = field(default_factory=GraphReport)
+    claimed: set[tuple[str, str]] = field(default_factory=set)
+
+    @property
+    def out_of_fuel(self) -> bool:
+        return self.options.fuel is not None and self.report.rewrites >= self.options.fuel
+
+
+def rewrite(gm: GraphModule, options: Options, patterns: dict[str, Pattern], *, dry: bool = False) -> Outcome:
+    """Rewrites a Dynamo graph and its child graphs in place.
+
+    Args:
+        gm: the graph module that Dynamo hands to a backend.
+        options: checked options.
+        patterns: the patterns to try, by name, in order.
+        dry: match and check, but change nothing.
+
+    Raises:
+        Exception: whatever a pattern raises besides Miss; the graph is then as it was.
+    """
+    start = time.perf_counter()
+    run = _Run(options, patterns, dry)
+    backups = [(module, _copy(module)) for module, _ in _modules(gm)] if not dry else []
+    try:
+        for module, refusal in list(_modules(gm)):
+            _rewrite_module(module, refusal, run)
+    except Exception:
+        for module, backup in backups:
+            module.graph = backup.graph
+            module.recompile()
+        raise
+    run.report.seconds = time.perf_counter() - start
+    run.report.nodes = len(gm.graph.nodes)
+    original = _assembled(backups) if backups and run.report.rewrites else None
+    return Outcome(gm, original, run.report)
+
+
+def _copy(module: GraphModule) -> GraphModule:
+    graph = Graph()
+    output = graph.graph_copy(module.graph, {}, return_output_node=True)
+    assert output is not None
+    result = graph.output(output[0])
+    result.meta = dict(next(reversed(module.graph.nodes)).meta)
+    backup = GraphModule(module, graph)
+    backup.meta = module.meta
+    return backup
+
+
+def _assembled(backups: list[tuple[GraphModule, GraphModule]]) -> GraphModule:
+    """The copy of the outer module, with the copies of its child graphs in their places."""
+    copies = dict(backups)
+    for _, backup in backups:
+        for name, child in list(backup.named_modules()):
+            if name and child in copies:
+                backup.set_submodule(name, copies[child])
+    return backups[0][1]
+
+
+def _modules(gm: GraphModule, refusal: str = "") -> Iterator[tuple[GraphModule, str]]:
+    """A graph module and its child graphs, each with the reason why it may not be rewritten, or ""."""
+    yield gm, refusal
+    for node in gm.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        child = getattr(gm, str(node.target), None)
+        if not isinstance(child, GraphModule):
+            continue
+        names = {
+            user.target.name() if isinstance(user.target, torch._ops.HigherOrderOperator) else "?"
+            for user in node.users
+        }
+        closed = sorted(names - _OPEN_REGIONS)
+        yield from _modules(child, refusal or (f"inside {closed[0]}, whose body is fixed" if closed else ""))
+
+
+def _rewrite_module(module: GraphModule, refusal: str, run: _Run) -> None:
+    before = run.report.rewrites
+    for pattern in run.patterns.values():
+        _apply(module, pattern, refusal, run)
+    view = GraphView(module)
+    for kind in KINDS:
+        for node in view.candidates(kind):
+            if (kind, node.name) not in run.claimed:
+                status, reason = _UNCLAIMED[kind]
+                run.report.sites.append(_site(kind, kind, node, status, reason))
+    if run.report.rewrites > before:
+        module.graph.lint()
+        module.recompile()
+
+
+def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run) -> None:
+    view = GraphView(module)
+    stale: set[Node] = set()
+    for anchor in list(pattern.anchors(view)):
+        if anchor in stale:
+            continue
+        try:
+            match = pattern.match(view, anchor)
+            if match is not None and stale.intersection(match.region, match.inputs):
+                view, stale = GraphView(module), set()
+                match = pattern.match(view, anchor)
+            if match is None:
+                continue
+            _check_match(view, match)
+            kept = _kept(pattern, match, refusal, run)
+            if kept is not None:
+                _record(run, pattern, anchor, "kept", kept)
+                continue
+            stale |= _replace(module, view, pattern, match, run)
+        except Miss as miss:
+            _record(run, pattern, anchor, "missed", miss.reason)
+
+
+def _check_match(view: GraphView, match: Match) -> None:
+    """Raises Miss unless computing the region where its last replaced node stands gives the same values."""
+    order = view.order
+    last = max(order.index[node] for node in match.replaced)
+    order.check_movable(match.region, match.inputs, last + 1)
+    for node in match.replaced:
+        for user in node.users:
+            if user not in match.region and order.index[user] <= last:
+                raise Miss(f"{user.name} needs {node.name} before the whole match is computed", user)
+
+
+def _kept(pattern: Pattern, match: Match, refusal: str, run: _Run) -> str | None:
+    options = run.options
+    if refusal:
+        return refusal
+    if pattern.name in options.disable or (options.only and pattern.name not in options.only):
+        return "disabled by options"
+    if run.out_of_fuel:
+        return f"options['fuel'] = {options.fuel} is used up"
+    return pattern.check(match, options)
+
+
+def _replace(module: GraphModule, view: GraphView, pattern: Pattern, match: Match, run: _Run) -> set[Node]:
+    """Emits the replacement, or reports why not; returns the nodes that are no longer what they were."""
+    if run.dry:
+        run.report.rewrites += 1
+        _record(run, pattern, match.anchor, "fused", match.note)
+        return set()
+    order = view.order
+    last = max(match.replaced, key=order.index.__getitem__)
+    builder = Builder(module, order.nodes[order.index[last] + 1], view.fake_mode, match.anchor)
+    try:
+        changed = pattern.rewrite(match, builder, run.options)
+        for old, new in changed.items():
+            check_same_meta(old, new)
+        restride(changed, view.fake_mode)
+    except BaseException as error:
+        builder.discard()
+        if isinstance(error, Miss):
+            _record(run, pattern, match.anchor, "kept", error.reason)
+            return set()
+        raise
+    anchor = changed.get(match.anchor, match.anchor)
+    for old, new in changed.items():
+        if same_strides(value(old), value(new)):
+            new.meta["example_value"] = value(old)  # so that views of the old value are known as aliases
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in builder.nodes)
+    run.report.rewrites += 1
+    _record(run, pattern, anchor, "fused", match.note)
+    _log.debug("%s rewrote %s: %s", pattern.name, match.anchor.name, match.note)
+    return set(match.replaced) | _erase_dead(module, view, match)
+
+
+def _erase_dead(module: GraphModule, view: GraphView, match: Match) -> set[Node]:
+    erased = set()
+    for node in sorted(match.region, key=view.order.index.__getitem__, reverse=True):
+        if node.users or node.op not in ("call_function", "call_method"):
+            continue
+        if node.target is operator.setitem:
+            target = node.args[0]
+            readers = [user for user in target.users if user.target is not operator.setitem]  # type: ignore[union-attr]
+            if readers or target not in match.region:
+                continue
+        module.graph.erase_node(node)
+        erased.add(node)
+    return erased
+
+
+def _record(run: _Run, pattern: Pattern, anchor: Node, status: Status, reason: str) -> None:
+    kind = pattern.kind or "other"
+    run.claimed.add((kind, anchor.name))
+    run.report.sites.append(_site(pattern.name, kind, anchor, status, reason, pattern.op if status == "fused" else ""))
+    _log.debug("%s at %s (%s): %s. %s", pattern.name, anchor.name, location(anchor), status, reason)
+
+
+def _site(pattern: str, kind: str, node: Node, status: Status, reason: str, op: str = "") -> Site:
+    found = tensor(node)
+    return Site(
+        pattern, status, reason, location(node), op, "" if found is None else str(found.device), kind,
+        describe_shape(node), "" if found is None else str(found.dtype).removeprefix("torch."), node.name,
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""The read-only view of one graph that patterns are matched on."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch.fx import GraphModule, Node
+
+from torch_fuse._compat import FakeTensorMode, ShapeEnv, fake_mode_of
+from torch_fuse.graph.attention import Attention, attentions
+from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.effects import Order
+from torch_fuse.graph.linear import match_linear
+from torch_fuse.graph.mask import Meaning, match_mask
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.norm import match_norm, strip_casts
+from torch_fuse.graph.residual import match_residual
+
+KINDS = ("attention", "norm_linear", "combine", "dequant")
+_VIEWS = {"view", "reshape", "flatten", "transpose", "permute", "contiguous", "dropout", "cast", "clone", "linear"}
+
+
+class GraphView:
+    """What the recognisers see of a graph; computed on demand, once."""
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.gm = gm
+        self.nodes = list(gm.graph.nodes)
+        self._masks: dict[Node, Meaning | Miss] = {}
+
+    @cached_property
+    def order(self) -> Order:
+        """Positions, mutations and mode switches."""
+        return Order(self.gm.graph)
+
+    @cached_property
+    def fake_mode(self) -> FakeTensorMode | None:
+        """The fake mode of the example values."""
+        return fake_mode_of(self.gm)
+
+    @property
+    def shape_env(self) -> ShapeEnv | None:
+        """What is known of the symbolic sizes."""
+        return None if self.fake_mode is None else self.fake_mode.shape_env
+
+    @cached_property
+    def attentions(self) -> dict[Node, Attention]:
+        """All attentions, by their result."""
+        return {found.node: found for found in attentions(self.nodes)}
+
+    def candidates(self, kind: str) -> list[Node]:
+        """The nodes where a fusion of a kind could start, whether or not one does."""
+        if kind == "attention":
+            return list(self.attentions)
+        if kind == "norm_linear":
+            return self._norm_linears
+        if kind == "combine":
+            return self._combines
+        if kind == "dequant":
+            return self._dequants
+        raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
+
+    def mask_meaning(self, mask: Node, before: Node) -> Meaning:
+        """What a mask keeps; many layers share one mask, so the answer is remembered.
+
+        Raises:
+            Miss: with the reason why its meaning is not proven.
+        """
+        if mask not in self._masks:
+            try:
+                self._masks[mask] = match_mask(mask, self.order, before, self.shape_env)
+            except Miss as miss:
+                self._masks[mask] = miss
+        answer = self._masks[mask]
+        if isinstance(answer, Miss):
+            raise Miss(answer.reason, answer.node)
+        self.order.check_unwritten([mask], self.order.index[before])
+        return answer
+
+    @cached_property
+    def _norm_linears(self) -> list[Node]:
+        """Norms whose result goes into linear layers, one candidate a norm."""
+        found: dict[Node, None] = {}
+        for node in self.nodes:
+            linear = match_linear(node)
+            if linear is None:
+                continue
+            source = strip_casts(linear.input)
+            if source not in found and isinstance(source, Node) and match_norm(source) is not None:
+                found[source] = None
+        return list(found)
+
+    @cached_property
+    def _combines(self) -> list[Node]:
+        """Sums of an attention's (projected) result and something else."""
+        from_attention = set(self.attentions)
+        found = []
+        for node in self.nodes:
+            call = call_of(node)
+            if call is None or node in self.attentions:
+                continue
+            sources = node.all_input_nodes
+            if call.op in _VIEWS and sources and sources[0] in from_attention:
+                from_attention.add(node)
+            elif call.op == "matmul" and match_linear(node) and sources[0] in from_attention:
+                from_attention.add(node)
+            elif call.op in ("add", "sub", "addcmul", "lerp"):
+                residual = match_residual(node)
+                if residual is not None and any(t.tensor in from_attention for t in residual.terms):
+                    found.append(node)
+        return found
+
+    @cached_property
+    def _dequants(self) -> list[Node]:
+        """Linear layers whose weight is computed from integers or 8-bit floats."""
+        found = []
+        for node in self.nodes:
+            linear = match_linear(node)
+            if linear is not None and _from_packed(linear.weight):
+                found.append(node)
+        return found
+
+
+def _from_packed(weight: Node) -> bool:
+    """Whether a weight is cast from a type of at most 8 bits, looking through arithmetic and views."""
+    current: Node | None = weight
+    for _ in range(16):
+        call = call_of(current)
+        if call is None:
+            return False
+        source = call.args.get("input")
+        if call.op == "cast" and isinstance(source, Node):
+            value = source.meta.get("example_value")
+            if value is not None and getattr(value, "dtype", None) is not None and value.dtype.itemsize == 1:
+                return True
+        current = source if isinstance(source, Node) else None
+        if current is None:
+            return False
+    return False
