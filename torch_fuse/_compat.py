@@ -8,8 +8,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
@@ -27,9 +26,12 @@ __all__ = [
 
 
 def fake_mode_of(gm: GraphModule) -> FakeTensorMode | None:
-    """The fake mode that a graph's example values belong to."""
-    values = [node.meta.get("example_value", node.meta.get("val")) for node in gm.graph.nodes]
-    return detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+    """The fake mode that a graph's example values belong to (Dynamo gives the backend another one)."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("example_value", node.meta.get("val"))
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
 
 
 def known_true(condition: Any, shape_env: ShapeEnv | None) -> bool:

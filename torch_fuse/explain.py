@@ -42,7 +42,7 @@ def explain(
     graphs: list[GraphReport] = []
 
     def analyse(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(rewrite(gm, options, known, dry=True).report)
+        graphs.append(rewrite(gm, options, known).report)
         return _zeros(gm)
 
     torch._dynamo.reset()

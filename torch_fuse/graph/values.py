@@ -93,3 +93,21 @@ def describe_shape(node: Node) -> str:
     """A node's shape for the report, such as "[1, s0, 2560]"."""
     found = tensor(node)
     return "" if found is None else "[" + ", ".join(str(size) for size in found.shape) + "]"
+
+
+def same_value(a: object, b: object, depth: int = 4) -> bool:
+    """Whether two nodes are the same, or the same view or cast of the same value, computed twice."""
+    if a is b:
+        return True
+    if not (isinstance(a, Node) and isinstance(b, Node)):
+        return type(a) is type(b) and not isinstance(a, (list, tuple)) and a == b
+    if depth == 0 or a.op != b.op or a.target != b.target or a.op not in ("call_function", "call_method"):
+        return False
+    first, second = ((n.args, tuple(sorted(n.kwargs.items()))) for n in (a, b))
+    return _same_arguments(first, second, depth - 1)
+
+
+def _same_arguments(a: object, b: object, depth: int) -> bool:
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_same_arguments(x, y, depth) for x, y in zip(a, b, strict=True))
+    return same_value(a, b, depth)

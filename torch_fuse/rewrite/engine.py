@@ -51,7 +51,6 @@ class Outcome:
 class _Run:
     options: Options
     patterns: dict[str, Pattern]
-    dry: bool
     report: GraphReport = field(default_factory=GraphReport)
     claimed: set[tuple[str, str]] = field(default_factory=set)
 
@@ -60,21 +59,20 @@ class _Run:
         return self.options.fuel is not None and self.report.rewrites >= self.options.fuel
 
 
-def rewrite(gm: GraphModule, options: Options, patterns: dict[str, Pattern], *, dry: bool = False) -> Outcome:
+def rewrite(gm: GraphModule, options: Options, patterns: dict[str, Pattern]) -> Outcome:
     """Rewrites a Dynamo graph and its child graphs in place.
 
     Args:
         gm: the graph module that Dynamo hands to a backend.
         options: checked options.
         patterns: the patterns to try, by name, in order.
-        dry: match and check, but change nothing.
 
     Raises:
         Exception: whatever a pattern raises besides Miss; the graph is then as it was.
     """
     start = time.perf_counter()
-    run = _Run(options, patterns, dry)
-    backups = [(module, _copy(module)) for module, _ in _modules(gm)] if not dry else []
+    run = _Run(options, patterns)
+    backups = [(module, _copy(module)) for module, _ in _modules(gm)]
     try:
         for module, refusal in list(_modules(gm)):
             _rewrite_module(module, refusal, run)
@@ -85,7 +83,7 @@ def rewrite(gm: GraphModule, options: Options, patterns: dict[str, Pattern], *, 
         raise
     run.report.seconds = time.perf_counter() - start
     run.report.nodes = len(gm.graph.nodes)
-    original = _assembled(backups) if backups and run.report.rewrites else None
+    original = _assembled(backups) if run.report.rewrites else None
     return Outcome(gm, original, run.report)
 
 
@@ -189,10 +187,6 @@ def _kept(pattern: Pattern, match: Match, refusal: str, run: _Run) -> str | None
 
 def _replace(module: GraphModule, view: GraphView, pattern: Pattern, match: Match, run: _Run) -> set[Node]:
     """Emits the replacement, or reports why not; returns the nodes that are no longer what they were."""
-    if run.dry:
-        run.report.rewrites += 1
-        _record(run, pattern, match.anchor, "fused", match.note)
-        return set()
     order = view.order
     last = max(match.replaced, key=order.index.__getitem__)
     builder = Builder(module, order.nodes[order.index[last] + 1], view.fake_mode, match.anchor)
@@ -208,10 +202,11 @@ def _replace(module: GraphModule, view: GraphView, pattern: Pattern, match: Matc
             return set()
         raise
     anchor = changed.get(match.anchor, match.anchor)
+    kept_users = {*builder.nodes, *match.region}
     for old, new in changed.items():
         if same_strides(value(old), value(new)):
             new.meta["example_value"] = value(old)  # so that views of the old value are known as aliases
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in builder.nodes)
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept_users)
     run.report.rewrites += 1
     _record(run, pattern, anchor, "fused", match.note)
     _log.debug("%s rewrote %s: %s", pattern.name, match.anchor.name, match.note)

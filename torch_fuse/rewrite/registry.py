@@ -53,7 +53,8 @@ def _discover() -> None:
         _discovered = True
         package = importlib.import_module("torch_fuse.patterns")
         for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"torch_fuse.patterns.{module.name}")
+            if not module.name.startswith("_"):
+                importlib.import_module(f"torch_fuse.patterns.{module.name}")
         for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
             try:
                 found = point.load()

@@ -1,0 +1,225 @@
+"""Recogniser: a query or key as attention reads it, traced back over layout, RoPE and norm to the projection."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch.fx import Node, map_arg
+
+from torch_fuse._compat import FakeTensorMode, no_guards
+from torch_fuse.graph.calls import Call, call_of
+from torch_fuse.graph.effects import Order
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.norm import Norm, last_dim, match_norm, strip_casts
+from torch_fuse.graph.rope import Rope, match_rope
+from torch_fuse.graph.values import equal, same_shape, static_int, tensor, value
+
+_VIEWS = ("transpose", "permute", "view", "reshape", "unflatten", "flatten")
+
+Scope = Literal["head", "full"]
+Axes = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query or key heads.
+
+    Attributes:
+        result: the node to replace: the value that attention, or the cache before it, reads.
+        result_axes: where batch, head, sequence and head_dim are in `result`.
+        source: what is normalised and rotated, before any norm.
+        views: the view calls to replay on `source`, in order, to get the value with the axes `axes`.
+        axes: where batch, head, sequence and lanes are then.
+        offset: first lane of the head in the last dimension.
+        head_dim: number of lanes.
+        rope: the rotary embedding, or None.
+        norm: the norm before it, or None.
+        scope: what the norm runs over: each head, or all heads of a token.
+        nodes: all nodes from the source to the result.
+    """
+
+    result: Node
+    result_axes: Axes
+    source: Node
+    views: tuple[Node, ...]
+    axes: Axes
+    offset: int
+    head_dim: int
+    rope: Rope | None
+    norm: Norm | None
+    scope: Scope
+    nodes: frozenset[Node]
+
+    def without_norm(self) -> Heads:
+        """The same heads, with the norm left outside."""
+        if self.norm is None:
+            return self
+        start = self.views[-1] if self.views else self.norm.node
+        inside = {*self.views, *self.norm.nodes}
+        return replace(self, source=start, views=(), norm=None, nodes=self.nodes - inside)
+
+
+def match_heads(node: Node, order: Order, mode: FakeTensorMode | None, tables: Collection[Node] = ()) -> Heads:
+    """Traces `node` [B, H, S, head_dim], a query or key, back to what it is computed of.
+
+    Args:
+        node: as attention reads it.
+        order: positions of the graph's nodes.
+        mode: the graph's fake mode.
+        tables: tables of cosines and sines that the query was found to use, when tracing the key.
+
+    Raises:
+        Miss: when its last dimensions are not understood.
+    """
+    found = tensor(node)
+    if found is None or found.dim() != 4:
+        raise Miss(f"{node.name} has no batch, head, sequence and head_dim", node)
+    chain, axes = _walk_layout(node)
+    top = chain[-1][0]
+    rope = match_rope(top, order, _ends_trace, tables)
+    source, offset, nodes = top, 0, {step for step, _ in chain}
+    if rope is not None:
+        source, offset = rope.source, rope.offset
+        nodes |= rope.nodes
+        if axes[3] != 3:
+            raise Miss("the rotary embedding does not act on the head dimension", top)
+    result, result_axes = _replaceable(chain, nodes)
+    head_dim = static_int(found.shape[3])
+    if head_dim is None:
+        raise Miss("the head dimension is not static", node)
+    heads = Heads(
+        result, result_axes, source, (), axes, offset, head_dim, rope, None, "head",
+        frozenset(nodes if rope is not None else set()),
+    )  # fmt: skip
+    return _with_norm(heads, mode) or heads
+
+
+def _ends_trace(node: Node) -> bool:
+    return match_norm(node) is not None
+
+
+def _walk_layout(node: Node) -> tuple[list[tuple[Node, Axes]], Axes]:
+    """The nodes from `node` back over transposes, casts and copies, each with its axes of (b, h, s, d)."""
+    axes: Axes = (0, 1, 2, 3)
+    chain = [(node, axes)]
+    while not _ends_trace(node):
+        call = call_of(node)
+        step = None if call is None or call.inplace else _layout_step(call, node, axes)
+        if step is None:
+            break
+        node, axes = step
+        chain.append((node, axes))
+    return chain, axes
+
+
+def _layout_step(call: Call, node: Node, axes: Axes) -> tuple[Node, Axes] | None:
+    source = call.args.get("input")
+    if tensor(source) is None or tensor(source).dim() != 4:  # type: ignore[union-attr]
+        return None
+    if call.op == "transpose":
+        swap = {call["dim0"] % 4: call["dim1"] % 4, call["dim1"] % 4: call["dim0"] % 4}
+        return source, _axes(swap.get(a, a) for a in axes)
+    if call.op == "permute":
+        return source, _axes(call["dims"][a] % 4 for a in axes)
+    if call.op in ("contiguous", "clone"):
+        return source, axes
+    if call.op == "cast":
+        return (source, axes) if strip_casts(node) is not node else None
+    if call.op in ("view", "reshape", "expand") and same_shape(value(source).shape, value(node).shape):
+        return source, axes
+    return None
+
+
+def _axes(values) -> Axes:  # type: ignore[no-untyped-def]
+    a, b, c, d = values
+    return a, b, c, d
+
+
+def _replaceable(chain: list[tuple[Node, Axes]], inside: set[Node]) -> tuple[Node, Axes]:
+    """The last node of the chain before one that others read too; the stores that fill it do not count."""
+    best = chain[-1]
+    for item in reversed(chain[:-1]):
+        if len(set(best[0].users) - (inside - {node for node, _ in chain})) > 1:
+            break
+        best = item
+    return best
+
+
+def _with_norm(heads: Heads, mode: FakeTensorMode | None) -> Heads | None:
+    """The heads with the norm that they come from, or None when there is none that fits."""
+    views: list[Node] = []
+    current, seen = heads.source, set()
+    if heads.offset:
+        return None
+    while (norm := match_norm(current)) is None:
+        call = call_of(current)
+        if call is None or call.inplace or not isinstance(call.args.get("input"), Node):
+            return None
+        if call.op in _VIEWS:
+            views.append(current)
+        elif call.op not in ("contiguous", "clone", "cast") or (
+            call.op == "cast" and strip_casts(current) is current
+        ):
+            return None
+        seen.add(current)
+        current = call["input"]
+    views.reverse()
+    if norm.bias is not None or norm.eps is None:
+        return None
+    scope = _scope(norm, views, heads, mode)
+    if scope is None:
+        return None
+    nodes = heads.nodes | norm.nodes | seen
+    return replace(
+        heads, source=norm.input, views=tuple(views), norm=norm, scope=scope, nodes=frozenset(nodes)
+    )
+
+
+def _scope(norm: Norm, views: list[Node], heads: Heads, mode: FakeTensorMode | None) -> Scope | None:
+    """What a norm runs over, seen from the heads: found by running the views on a contiguous tensor."""
+    normalised = tensor(norm.node)
+    count = last_dim(norm)
+    if normalised is None or count is None:
+        return None
+    with no_guards(mode):
+        laid_out = torch.empty(normalised.shape, dtype=normalised.dtype, device="meta")
+        for node in views:
+            laid_out = _replay_meta(node, laid_out)
+    if laid_out.dim() != 4:
+        return None
+    num_heads = static_int(laid_out.shape[heads.axes[1]])
+    strides = laid_out.stride()
+    batch, head, sequence, lane = (strides[axis] for axis in heads.axes)
+    if num_heads is None or not (equal(lane, 1) and equal(laid_out.shape[heads.axes[3]], heads.head_dim)):
+        return None
+    if not _weight_fits(norm, num_heads, heads.head_dim, head):
+        return None
+    if count == heads.head_dim and all(equal(s % count, 0) for s in (batch, head, sequence)):
+        return "head"
+    whole = count == num_heads * heads.head_dim and equal(head, heads.head_dim)
+    if whole and norm.kind == "rms" and all(equal(s % count, 0) for s in (batch, sequence)):
+        return "full"
+    return None
+
+
+def _weight_fits(norm: Norm, num_heads: int, head_dim: int, head_stride: object) -> bool:
+    """Whether the weight is one for all heads, or one for each with the heads next to the lanes."""
+    weight = tensor(norm.weight) if norm.weight is not None else None
+    if weight is None:
+        return norm.weight is None
+    if weight.numel() == head_dim or (weight.dim() == 1 and weight.numel() == num_heads * head_dim):
+        return True
+    per_head = weight.numel() == num_heads * head_dim and equal(head_stride, head_dim)
+    return per_head and same_shape(weight.shape[-2:], (num_heads, head_dim))
+
+
+def _replay_meta(node: Node, source: torch.Tensor) -> torch.Tensor:
+    call = call_of(node)
+    assert call is not None
+    args, kwargs = map_arg((node.args, node.kwargs), lambda n: source if n is call["input"] else value(n))
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
