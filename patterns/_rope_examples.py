@@ -204,16 +204,17 @@ class Block(nn.Module):
             q, k = layout.rotate(q, cos, sin), layout.rotate(k, cos, sin)
         else:
             cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-            q, k = layout.rotate(q, cos, sin).permute(0, 2, 1, 3), layout.rotate(k, cos, sin).permute(0, 2, 1, 3)
+            q, k = (
+                layout.rotate(q, cos, sin).permute(0, 2, 1, 3),
+                layout.rotate(k, cos, sin).permute(0, 2, 1, 3),
+            )
         v = v.transpose(1, 2)
         extra: Any = ()
         if layout.after is not None:
             q, extra = layout.after(q, k)
         if layout.kv_heads < self.heads:
             groups = self.heads // layout.kv_heads
-            k, v = (
-                t[:, :, None].expand(B, layout.kv_heads, groups, S, D).reshape(B, self.heads, S, D) for t in (k, v)
-            )
+            k, v = (t[:, :, None].expand(B, layout.kv_heads, groups, S, D).reshape(B, self.heads, S, D) for t in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return out.transpose(1, 2).reshape(B, S, -1), extra
 

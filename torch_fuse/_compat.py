@@ -8,6 +8,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
@@ -20,6 +21,7 @@ __all__ = [
     "fake_mode_of",
     "known_true",
     "no_guards",
+    "op_overload",
     "trace_artifact",
     "unset_fake_temporarily",
 ]
@@ -32,6 +34,11 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode | None:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return None
+
+
+def op_overload(target: Any) -> Any:
+    """What a graph calls for a custom op's definition; anything else as it is."""
+    return target._opoverload if isinstance(target, CustomOpDef) else target
 
 
 def known_true(condition: Any, shape_env: ShapeEnv | None) -> bool:
@@ -75,6 +82,4 @@ def trace_artifact(name: str, payload: Any) -> None:
     """Writes a JSON artifact to torch's structured trace (`TORCH_TRACE`, read by tlparse)."""
     from torch._logging import trace_structured
 
-    trace_structured(
-        "artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload
-    )
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload)

@@ -68,7 +68,8 @@ def fuse(
             return compile_with_inductor(module, example_inputs, dict(patches))
 
     if checked.verify == "first_call" and outcome.original is not None:
-        return verified(outcome.gm, outcome.original, compiled)
+        unfused = compiled(outcome.original)
+        return verified(outcome.gm, outcome.original, compiled(outcome.gm), unfused)
     return compiled(outcome.gm)
 
 
@@ -81,9 +82,7 @@ def _rewritten(gm: GraphModule, options: Options) -> Outcome:
         reason = f"{type(error).__name__}: {error}"
         if reason not in _warned:
             _warned.add(reason)
-            warnings.warn(
-                f"torch_fuse left a graph as it was, because rewriting it failed: {reason}", stacklevel=2
-            )
+            warnings.warn(f"torch_fuse left a graph as it was, because rewriting it failed: {reason}", stacklevel=2)
         _log.debug("rewriting failed", exc_info=True)
         return Outcome(gm, None, GraphReport(error=reason))
 

@@ -12,22 +12,25 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 _log = logging.getLogger(__name__)
 
-# Largest root mean square of the difference, relative to that of the unfused result: a few roundings of the type.
+# Largest root mean square of a difference, relative to that of the unfused result: a few roundings of the type.
 _TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-9}
 
 
 def verified(
-    fused: GraphModule, unfused: GraphModule, compile_graph: Callable[[GraphModule], Callable[..., Any]]
+    fused: GraphModule,
+    unfused: GraphModule,
+    compiled_fused: Callable[..., Any],
+    compiled_unfused: Callable[..., Any],
 ) -> Callable[..., Any]:
     """A compiled function that checks itself on its first call.
 
-    The check runs both graphs on copies of the inputs, without gradients and with the same random numbers. When an
-    output or a mutated input differs, the unfused graph is compiled and used from then on.
+    The check runs both graphs on copies of the inputs, without gradients and with the same random numbers. When
+    an output or a mutated input differs, the unfused graph is used from then on.
 
     Args:
         fused: the rewritten graph.
         unfused: the graph as it was.
-        compile_graph: compiles a graph.
+        compiled_fused, compiled_unfused: what the two were compiled to.
     """
     chosen: list[Callable[..., Any]] = []
 
@@ -38,7 +41,7 @@ def verified(
                 _log.warning("the fused graph disagrees with the unfused one and is not used: %s", difference)
             else:
                 _log.info("the fused graph agrees with the unfused one on its first inputs")
-            chosen.append(compile_graph(unfused if difference else fused))
+            chosen.append(compiled_unfused if difference else compiled_fused)
         return chosen[0](*inputs)
 
     return run
@@ -69,9 +72,7 @@ def compare(expected: Any, found: Any) -> str:
     if not isinstance(expected, torch.Tensor):
         return "" if expected is found or expected == found else f"{found!r} instead of {expected!r}"
     if expected.shape != found.shape or expected.dtype != found.dtype:
-        return (
-            f"{found.dtype}{list(found.shape)} instead of {expected.dtype}{list(expected.shape)}"
-        )
+        return f"{found.dtype}{list(found.shape)} instead of {expected.dtype}{list(expected.shape)}"
     if expected.stride() != found.stride():
         return f"strides {found.stride()} instead of {expected.stride()}"
     if not expected.dtype.is_floating_point:

@@ -49,13 +49,13 @@ def match_attention(node: Node) -> Attention | None:
     if call is None:
         return None
     if call.op == "scaled_dot_product_attention":
-        inputs = [call["query"], call["key"], call["value"]]
-        found = [tensor(x) for x in inputs]
+        query, key, values = call["query"], call["key"], call["value"]
+        found = [tensor(x) for x in (query, key, values)]
         if any(x is None or x.dim() < 3 for x in found):
             return None
         return Attention(
-            node, *inputs, mask=call["attn_mask"], is_causal=call["is_causal"], scale=call["scale"],
-            dropout_p=call["dropout_p"], nodes=frozenset({node}),
+            node, query, key, values, call["attn_mask"], call["is_causal"], call["scale"], call["dropout_p"],
+            nodes=frozenset({node}),
         )  # fmt: skip
     return _written_out(node) if call.op == "matmul" else None
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 
 import torch
 from torch.fx import Graph, Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import storages
@@ -36,7 +37,7 @@ def mutated(node: Node) -> list[Node]:
     target = node.target
     if target in _IN_PLACE_OPERATORS:
         return arguments[:1]
-    written = [node.kwargs["out"]] if isinstance(node.kwargs.get("out"), Node) else []
+    written = _nodes(node.kwargs.get("out"))
     if isinstance(target, torch._ops.HigherOrderOperator):
         return [] if target.name() in _PURE_REGIONS else arguments
     if isinstance(target, torch._ops.OpOverloadPacket):
@@ -88,6 +89,13 @@ class Order:
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.writers = [node for node in self.nodes if mutated(node)]
         self.switches = [node for node in self.nodes if switches_mode(node)]
+        self._storages: dict[Node, set[StorageWeakRef]] = {}
+
+    def _aliases(self, nodes: Iterable[Node]) -> set[StorageWeakRef]:
+        for node in nodes:
+            if node not in self._storages:
+                self._storages[node] = storages(node)
+        return set().union(*(self._storages[node] for node in nodes))
 
     def between(self, nodes: Iterable[Node], first: int, last: int) -> list[Node]:
         """Those of `nodes` that stand strictly between two positions."""
@@ -102,16 +110,16 @@ class Order:
         first = min(self.index[node] for node in region)
         for node in self.between(self.switches, first, at):
             raise Miss(f"autocast or grad mode changes inside the region ({node.name})", node)
-        read = {ref for node in (*region, *inputs) for ref in storages(node)}
+        read = self._aliases([*region, *inputs])
         for node in self.between(self.writers, first, at):
             if node in region:
                 continue
-            if any(read & storages(target) for target in mutated(node)):
+            if read & self._aliases(mutated(node)):
                 raise Miss(f"{node.name} writes in place to a value of the region", node)
 
     def check_unwritten(self, nodes: Collection[Node], at: int) -> None:
         """Raises Miss when any of `nodes` (or an alias) is written to before position `at`."""
-        read = {ref for node in nodes for ref in storages(node)}
+        read = self._aliases(list(nodes))
         for node in self.writers:
-            if self.index[node] < at and any(read & storages(target) for target in mutated(node)):
+            if self.index[node] < at and read & self._aliases(mutated(node)):
                 raise Miss(f"{node.name} writes in place to it", node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -117,7 +117,8 @@ def _walk_layout(node: Node) -> tuple[list[tuple[Node, Axes]], Axes]:
 
 def _layout_step(call: Call, node: Node, axes: Axes) -> tuple[Node, Axes] | None:
     source = call.args.get("input")
-    if tensor(source) is None or tensor(source).dim() != 4:  # type: ignore[union-attr]
+    found = tensor(source)
+    if found is None or found.dim() != 4 or not isinstance(source, Node):
         return None
     if call.op == "transpose":
         swap = {call["dim0"] % 4: call["dim1"] % 4, call["dim1"] % 4: call["dim0"] % 4}
@@ -133,7 +134,7 @@ def _layout_step(call: Call, node: Node, axes: Axes) -> tuple[Node, Axes] | None
     return None
 
 
-def _axes(values) -> Axes:  # type: ignore[no-untyped-def]
+def _axes(values: Iterable[int]) -> Axes:
     a, b, c, d = values
     return a, b, c, d
 
@@ -160,9 +161,7 @@ def _with_norm(heads: Heads, mode: FakeTensorMode | None) -> Heads | None:
             return None
         if call.op in _VIEWS:
             views.append(current)
-        elif call.op not in ("contiguous", "clone", "cast") or (
-            call.op == "cast" and strip_casts(current) is current
-        ):
+        elif call.op not in ("contiguous", "clone", "cast") or (call.op == "cast" and strip_casts(current) is current):
             return None
         seen.add(current)
         current = call["input"]
@@ -173,9 +172,7 @@ def _with_norm(heads: Heads, mode: FakeTensorMode | None) -> Heads | None:
     if scope is None:
         return None
     nodes = heads.nodes | norm.nodes | seen
-    return replace(
-        heads, source=norm.input, views=tuple(views), norm=norm, scope=scope, nodes=frozenset(nodes)
-    )
+    return replace(heads, source=norm.input, views=tuple(views), norm=norm, scope=scope, nodes=frozenset(nodes))
 
 
 def _scope(norm: Norm, views: list[Node], heads: Heads, mode: FakeTensorMode | None) -> Scope | None:

@@ -103,8 +103,7 @@ class IndexTrace:
         if found is not None:
             shift = rank - found.dim()
             by_index = {
-                DIM[d]: sympy.Integer(0) if equal(size, 1) else DIM[d + shift]
-                for d, size in enumerate(found.shape)
+                DIM[d]: sympy.Integer(0) if equal(size, 1) else DIM[d + shift] for d, size in enumerate(found.shape)
             }
             return self.trace(item).subs(by_index, simultaneous=True)
         number = value(item)

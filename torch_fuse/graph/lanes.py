@@ -8,7 +8,7 @@ are run on small integer tensors that stand for "lane i of that leaf". What come
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class LaneTrace:
         """The terms of the last `rank` dimensions of `node`, as read at the end of the graph so far."""
         found = self._trace(node, rank)
         assert not found or isinstance(found[0], Term)
-        return found  # type: ignore[return-value]
+        return found
 
     def _trace(self, node: Node, rank: int, index: int = -1) -> Any:
         key = (node, rank, index)
@@ -79,12 +79,11 @@ class LaneTrace:
         found = tensor(node)
         if found is None or not (found.dtype.is_floating_point and found.dim() >= rank):
             raise Miss(f"{node.name} is not a real tensor of at least {rank} dimensions", node)
-        sizes = [static_int(size) for size in found.shape[found.dim() - rank :]]
-        if any(size is None for size in sizes):
+        shape = _static(found.shape[found.dim() - rank :])
+        if shape is None:
             raise Miss(f"the head dimension of {node.name} is not static", node)
         if node not in self.leaves:
             self.leaves.append(node)
-        shape = [size for size in sizes if size is not None]
         count = torch.Size(shape).numel()
         if count >= _LEAF:
             raise Miss(f"the head dimension of {node.name} has {count} elements", node)
@@ -160,8 +159,8 @@ class LaneTrace:
         outer = result.dim() - rank
         if outer > found.dim() - 1 or not same_shape(found.shape[:outer], result.shape[:outer]):
             return None
-        shape = [static_int(size) for size in result.shape[outer:]]
-        if any(size is None for size in shape):
+        shape = _static(result.shape[outer:])
+        if shape is None:
             return None
         return [t.map(lambda x: x.reshape(shape)) for t in _broadcast(self.trace(source, found.dim() - outer))]
 
@@ -258,7 +257,9 @@ class LaneTrace:
                 raise Miss(f"{node.name} is read before it is filled", user)
         result = tensor(node)
         assert result is not None
-        shape = [static_int(size) for size in result.shape[result.dim() - rank :]]
+        shape = _static(result.shape[result.dim() - rank :])
+        if shape is None:
+            return None
         blank = torch.full(shape, _UNWRITTEN, device="cpu")
         terms = [Term(blank.clone(), blank.clone(), blank.clone())]
         for store in sorted(stores, key=self.order.index.__getitem__):
@@ -277,6 +278,11 @@ class LaneTrace:
         if bool((terms[0].sign == _UNWRITTEN).any() & (terms[0].a == _UNWRITTEN).any()):
             raise Miss(f"{node.name} is not filled completely", node)
         return _merge(terms)
+
+
+def _static(sizes: Iterable[Any]) -> list[int] | None:
+    found = [static_int(size) for size in sizes]
+    return None if None in found else [size for size in found if size is not None]
 
 
 def _nothing(like: Term) -> Term:

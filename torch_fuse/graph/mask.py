@@ -122,9 +122,7 @@ def _difference(condition: sympy.Basic) -> sympy.Expr | None:
     return None
 
 
-def _truth(
-    condition: sympy.Basic, sizes: dict[sympy.Symbol, sympy.Expr], shape_env: ShapeEnv | None
-) -> bool | None:
+def _truth(condition: sympy.Basic, sizes: dict[sympy.Symbol, sympy.Expr], shape_env: ShapeEnv | None) -> bool | None:
     """Whether a condition holds at all indices, at none, or (None) is not known to do either."""
     if condition in (sympy.true, sympy.false):
         return condition == sympy.true

@@ -52,9 +52,7 @@ class Rope:
 _Product = tuple[int, int, "tuple[int, int] | None"]
 
 
-def match_rope(
-    node: Node, order: Order, is_leaf: Callable[[Node], bool], tables: Collection[Node] = ()
-) -> Rope | None:
+def match_rope(node: Node, order: Order, is_leaf: Callable[[Node], bool], tables: Collection[Node] = ()) -> Rope | None:
     """Recognises a rotary embedding whose result is `node`; None when nothing is rotated.
 
     Args:

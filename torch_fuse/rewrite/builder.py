@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node, map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from torch_fuse._compat import FakeTensorMode, no_guards
+from torch_fuse._compat import FakeTensorMode, no_guards, op_overload
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, same_shape, tensor, tensors, value
 
@@ -35,7 +36,7 @@ class Builder:
             if isinstance(target, str):
                 node = graph.call_method(target, args, kwargs)
             else:
-                node = graph.call_function(target, args, kwargs)
+                node = graph.call_function(op_overload(target), args, kwargs)
         node.stack_trace = self._stack_trace
         self.nodes.append(node)
         try:
@@ -69,17 +70,14 @@ def check_same_meta(old: Node, new: Node) -> None:
         raise Miss(f"the replacement of {old.name} has shape {list(after.shape)}, not {list(before.shape)}", old)
     if before.dtype != after.dtype or before.device != after.device:
         raise Miss(
-            f"the replacement of {old.name} is {after.dtype} on {after.device}, not {before.dtype} on "
-            f"{before.device}",
+            f"the replacement of {old.name} is {after.dtype} on {after.device}, not {before.dtype} on {before.device}",
             old,
         )
 
 
 def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of the same shape lie alike in memory, as far as is known."""
-    return all(
-        equal(size, 1) or equal(x, y) for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
+    return all(equal(size, 1) or equal(x, y) for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def restride(changed: dict[Node, Node], mode: FakeTensorMode | None) -> None:
@@ -92,17 +90,15 @@ def restride(changed: dict[Node, Node], mode: FakeTensorMode | None) -> None:
         Miss: when an operator cannot take the new strides (a `view`), or a result of the graph would change its.
     """
     new_values: dict[Node, Any] = {
-        old: value(new)
-        for old, new in changed.items()
-        if not same_strides(value(old), value(new))
+        old: value(new) for old, new in changed.items() if not same_strides(value(old), value(new))
     }
     if not new_values:
         return
-    graph = next(iter(changed)).graph
-    started = False
-    for node in list(graph.nodes):
-        started = started or node in new_values
-        if not started or node in new_values or not any(a in new_values for a in node.all_input_nodes):
+    pending = sorted({user for old in new_values for user in old.users})
+    queued = set(pending)
+    while pending:
+        node = heapq.heappop(pending)
+        if node in new_values:
             continue
         if node.op == "output":
             raise Miss("a result of the graph would change its strides", node)
@@ -110,8 +106,13 @@ def restride(changed: dict[Node, Node], mode: FakeTensorMode | None) -> None:
             raise Miss(f"{node.name} takes a value whose strides would change", node)
         new = _evaluate_with(node, new_values, mode)
         sources = [new_values[a] for a in node.all_input_nodes if a in new_values]
-        if not _settled(new, value(node)) or _aliases(new, sources):
-            new_values[node] = new
+        if _settled(new, value(node)) and not _aliases(new, sources):
+            continue
+        new_values[node] = new
+        for user in node.users:
+            if user not in queued:
+                queued.add(user)
+                heapq.heappush(pending, user)
     for node, new in new_values.items():
         if node not in changed:
             node.meta["example_value"] = new

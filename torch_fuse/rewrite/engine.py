@@ -23,8 +23,14 @@ _log = logging.getLogger(__name__)
 
 # What is said of a candidate that no pattern had anything to do with.
 _UNCLAIMED: dict[str, tuple[Status, str]] = {
-    "attention": ("kept", "nothing to fuse around it: no mask, no rotary embedding, no norm of query and key"),
-    "norm_linear": ("kept", "Inductor fuses the norm into one kernel; the product stays with the GEMM library"),
+    "attention": (
+        "kept",
+        "nothing to fuse around it: no mask, no rotary embedding, no norm of query and key",
+    ),
+    "norm_linear": (
+        "kept",
+        "Inductor fuses the norm into one kernel; the product stays with the GEMM library",
+    ),
     "combine": ("kept", "Inductor fuses the sum into one kernel; no registered fusion takes it further"),
     "dequant": ("missed", "no registered fusion for a weight that is dequantised in the graph"),
 }
@@ -89,10 +95,13 @@ def rewrite(gm: GraphModule, options: Options, patterns: dict[str, Pattern]) -> 
 
 def _copy(module: GraphModule) -> GraphModule:
     graph = Graph()
-    output = graph.graph_copy(module.graph, {}, return_output_node=True)
-    assert output is not None
-    result = graph.output(output[0])
-    result.meta = dict(next(reversed(module.graph.nodes)).meta)
+    copies: dict[Node, Node] = {}
+    output = graph.graph_copy(module.graph, copies, return_output_node=True)
+    assert isinstance(output, tuple)
+    graph.output(output[0]).meta = dict(output[1].meta)
+    for node, copied in copies.items():
+        for name in node.__dict__.keys() - copied.__dict__.keys():  # Dynamo keeps inputs' sources on the nodes
+            setattr(copied, name, getattr(node, name))
     backup = GraphModule(module, graph)
     backup.meta = module.meta
     return backup
@@ -148,7 +157,7 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run) -> No
             continue
         try:
             match = pattern.match(view, anchor)
-            if match is not None and stale.intersection(match.region, match.inputs):
+            if match is not None and stale.intersection((*match.region, *match.inputs)):
                 view, stale = GraphView(module), set()
                 match = pattern.match(view, anchor)
             if match is None:

@@ -57,12 +57,9 @@ def _discover() -> None:
                 importlib.import_module(f"torch_fuse.patterns.{module.name}")
         for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
             try:
-                found = point.load()
+                register(point.load())
             except Exception as error:
                 _log.warning("pattern entry point %s did not load: %s", point.name, error)
-                continue
-            if inspect.isclass(found):
-                register(found)
 
 
 def fingerprint() -> str:

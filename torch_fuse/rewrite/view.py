@@ -17,7 +17,18 @@ from torch_fuse.graph.norm import match_norm, strip_casts
 from torch_fuse.graph.residual import match_residual
 
 KINDS = ("attention", "norm_linear", "combine", "dequant")
-_VIEWS = {"view", "reshape", "flatten", "transpose", "permute", "contiguous", "dropout", "cast", "clone", "linear"}
+_VIEWS = {
+    "view",
+    "reshape",
+    "flatten",
+    "transpose",
+    "permute",
+    "contiguous",
+    "dropout",
+    "cast",
+    "clone",
+    "linear",
+}
 
 
 class GraphView:
@@ -100,9 +111,9 @@ class GraphView:
             if call is None or node in self.attentions:
                 continue
             sources = node.all_input_nodes
-            if call.op in _VIEWS and sources and sources[0] in from_attention:
-                from_attention.add(node)
-            elif call.op == "matmul" and match_linear(node) and sources[0] in from_attention:
+            if (call.op in _VIEWS and sources and sources[0] in from_attention) or (
+                call.op == "matmul" and match_linear(node) and sources[0] in from_attention
+            ):
                 from_attention.add(node)
             elif call.op in ("add", "sub", "addcmul", "lerp"):
                 residual = match_residual(node)

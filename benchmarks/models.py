@@ -1,0 +1,159 @@
+"""Whole models, unmodified, eager, Inductor and fuse side by side: Pythia prefill and training, Wan denoising step.
+
+python benchmarks/models.py --out benchmarks/results/models.jsonl
+python benchmarks/models.py --dry        # tiny sizes on the CPU, to check the script
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import Log, captured, error, interleaved_ms, kernels
+
+import torch_fuse
+
+PYTHIA = {
+    "tiny": (64, 2, 4, 128),
+    "pythia-160m": (768, 12, 12, 3072),
+    "pythia-1.4b": (2048, 24, 16, 8192),
+    "pythia-2.8b": (2560, 32, 32, 10240),
+}
+
+
+def pythia(name: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """GPTNeoX of a Pythia's size with random weights."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    hidden, layers, heads, intermediate = PYTHIA[name]
+    config = GPTNeoXConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=intermediate,
+        vocab_size=50304, rotary_pct=0.25, max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        return GPTNeoXForCausalLM(config).to(dtype).eval()
+
+
+def wan(layers: int, dtype: torch.dtype, device: str, tiny: bool = False) -> torch.nn.Module:
+    """WanTransformer3DModel with the 1.3B geometry and random weights."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    small = {"ffn_dim": 128, "text_dim": 32, "freq_dim": 32} if tiny else {"ffn_dim": 8960}
+    heads, head_dim = (2, 24) if tiny else (12, 128)
+    with torch.device(device):
+        model = WanTransformer3DModel(
+            num_attention_heads=heads, attention_head_dim=head_dim, num_layers=layers, **small
+        )
+    return model.to(dtype).eval()
+
+
+def compare(
+    log: Log, what: str, model: torch.nn.Module, call: Callable[[Any], torch.Tensor], exact: torch.Tensor | None,
+    reps: int, graph: bool, **fields: Any,
+) -> None:  # fmt: skip
+    """Checks and times the three ways to run a model; `call(f)` runs f on the inputs and returns the result."""
+    torch._dynamo.reset()
+    torch_fuse.reset_reports()
+    versions = {
+        "eager": model,
+        "inductor": torch.compile(model),
+        "fuse": torch.compile(model, backend="fuse"),
+    }
+    calls = {name: (lambda f=f: call(f)) for name, f in versions.items()}
+    results = {name: run() for name, run in calls.items()}
+    reference = results["eager"] if exact is None else exact
+    errors = {name: error(result, reference) for name, result in results.items()}
+    log.write(what=what, counts=torch_fuse.reports().counts(), match_s=torch_fuse.reports().seconds,
+              exact=exact is not None, errors=errors, **fields)  # fmt: skip
+    milliseconds = interleaved_ms(calls, reps)
+    found: dict[str, Any] = {"ms": milliseconds}
+    if torch.cuda.is_available():
+        if graph:
+            replays = {name: captured(run) for name, run in calls.items()}
+            found["graph_ms"] = interleaved_ms(replays, reps)
+            del replays
+        found["kernels"] = {name: kernels(calls[name]) for name in ("inductor", "fuse")}
+    log.write(what=what, **found, **fields)
+
+
+def prefill(log: Log, dry: bool, device: str, reps: int) -> None:
+    """One forward pass over a prompt."""
+    name, length = ("tiny", 128) if dry else ("pythia-2.8b", 2048)
+    model = pythia(name, torch.bfloat16, device)
+    ids = torch.randint(0, 50304, (1, length), device=device)
+
+    def call(f: Any) -> torch.Tensor:
+        return f(ids, use_cache=False).logits
+
+    with torch.no_grad():
+        wide = copy.deepcopy(model).double()
+        exact = call(wide)
+        del wide
+        compare(log, "prefill", model, call, exact, reps, True, size=name, tokens=length, dtype="bfloat16")
+
+
+def train(log: Log, dry: bool, device: str, reps: int) -> None:
+    """Forward and backward."""
+    name, batch, length = ("tiny", 1, 128) if dry else ("pythia-1.4b", 4, 1024)
+    model = pythia(name, torch.bfloat16, device).train()
+    ids = torch.randint(0, 50304, (batch, length), device=device)
+    watched = model.gpt_neox.layers[0].attention.query_key_value.weight
+
+    def call(f: Any) -> torch.Tensor:
+        f(ids, labels=ids, use_cache=False).loss.backward()
+        gradient = watched.grad
+        for parameter in model.parameters():
+            parameter.grad = None
+        return gradient
+
+    compare(log, "train", model, call, None, reps, False, size=name, batch=batch, tokens=length, dtype="bfloat16")
+
+
+def denoise(log: Log, dry: bool, device: str, reps: int) -> None:
+    """One step of Wan at three lengths."""
+    layers = 1 if dry else 4
+    model = wan(layers, torch.bfloat16, device, tiny=dry)
+    text = torch.randn(1, 16 if dry else 512, 32 if dry else 4096, device=device, dtype=torch.bfloat16)
+    for frames in (1,) if dry else (1, 5, 21):
+        height, width = (16, 24) if dry else (60, 104)
+        x = torch.randn(1, 16, frames, height, width, device=device, dtype=torch.bfloat16)
+        t = torch.tensor([500], device=device)
+        tokens = frames * height * width // 4
+
+        def call(f: Any, x: torch.Tensor = x, t: torch.Tensor = t) -> torch.Tensor:
+
+            return f(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
+
+        with torch.no_grad():
+            exact = None
+            if tokens <= 8000:
+                wide = copy.deepcopy(model).double()
+                exact = wide(x.double(), t, text.double(), return_dict=False)[0]
+                del wide
+            compare(log, "wan", model, call, exact, reps, tokens <= 8000, layers=layers, tokens=tokens,
+                    dtype="bfloat16")  # fmt: skip
+
+
+PARTS = {"prefill": prefill, "train": train, "wan": denoise}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="JSON lines are appended to this file")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--reps", type=int, default=20)
+    given = parser.parse_args()
+    log = Log(given.out)
+    for name in given.only:
+        PARTS[name](log, given.dry, "cpu" if given.dry else "cuda", 2 if given.dry else given.reps)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
