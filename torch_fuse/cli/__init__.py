@@ -1,0 +1,1 @@
+"""The command line: `demo`, `explain` and `doctor`. Needs typer and rich (the extra `examples`)."""
