@@ -18,9 +18,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, GPTNeoXConfig, GPT
 
 def arguments() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", help="local directory of a Pythia; random weights without")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -47,9 +45,7 @@ def build(args: argparse.Namespace) -> torch.nn.Module:
     return GPTNeoXForCausalLM._from_config(config, dtype=dtype).to(args.device).eval()
 
 
-def generate(
-    model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int, **how: object
-) -> tuple[list[int], float]:
+def generate(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int, **how: object) -> tuple[list[int], float]:
     """Greedy tokens, and the tokens generated in a second."""
     start = time.perf_counter()
     tokens = model.generate(

@@ -22,12 +22,8 @@ TEXT_TOKENS = 64
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint", help="local directory of a WanTransformer3DModel; random weights without"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="local directory of a WanTransformer3DModel; random weights without")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--layers", type=int, default=2)
@@ -48,15 +44,11 @@ def arguments() -> argparse.Namespace:
 def build(args: argparse.Namespace) -> WanTransformer3DModel:
     dtype = getattr(torch, args.dtype)
     if args.checkpoint:
-        model = WanTransformer3DModel.from_pretrained(
-            args.checkpoint, torch_dtype=dtype, local_files_only=True
-        )
+        model = WanTransformer3DModel.from_pretrained(args.checkpoint, torch_dtype=dtype, local_files_only=True)
         return model.to(args.device).eval()
     torch.manual_seed(0)
     dim = 128 * args.heads
-    model = WanTransformer3DModel(
-        num_attention_heads=args.heads, num_layers=args.layers, ffn_dim=35 * dim // 6
-    )
+    model = WanTransformer3DModel(num_attention_heads=args.heads, num_layers=args.layers, ffn_dim=35 * dim // 6)
     for name, weight in model.named_parameters():  # from_pretrained keeps the same ones in float32
         if not any(part in name for part in model._keep_in_fp32_modules):
             weight.data = weight.data.to(dtype)
@@ -95,12 +87,8 @@ def main() -> int:
     args = arguments()
     print("building the model ...", flush=True)
     model = build(args)
-    latents = torch.randn(
-        1, model.config.in_channels, args.frames, args.height, args.width, device=args.device
-    )
-    text = torch.randn(
-        1, TEXT_TOKENS, model.config.text_dim, device=args.device, dtype=getattr(torch, args.dtype)
-    )
+    latents = torch.randn(1, model.config.in_channels, args.frames, args.height, args.width, device=args.device)
+    text = torch.randn(1, TEXT_TOKENS, model.config.text_dim, device=args.device, dtype=getattr(torch, args.dtype))
 
     repeated = copy.deepcopy(model)
     repeated.compile_repeated_blocks(backend="fuse")
@@ -127,10 +115,7 @@ def main() -> int:
     print(f"\n{reports()}\n")
     tokens = args.frames * args.height * args.width // 4
     print(f"{tokens} tokens, {args.steps} step(s), {args.dtype}; median of 5, largest error against float64")
-    allowed = (
-        2 * max(errors["eager"], errors["inductor, whole model"])
-        + torch.finfo(getattr(torch, args.dtype)).eps
-    )
+    allowed = 2 * max(errors["eager"], errors["inductor, whole model"]) + torch.finfo(getattr(torch, args.dtype)).eps
     right = True
     for name in ways:
         ok = errors[name] <= allowed

@@ -34,7 +34,9 @@ def _check_table(name: str, table: Tensor | None, lanes: Sequence[int], q: Tenso
         _require(table is None, name, "given", "None when rotary_dim is 0")
         return
     batch, length = q.shape[:2]
-    _require(table is not None, name, None, f"a [B or 1, S, ...] table when rotary_dim is {rotary_dim}")
+    if table is None:
+        _require(False, name, None, f"a [B or 1, S, ...] table when rotary_dim is {rotary_dim}")
+        return
     _require(table.dim() == 3, f"{name}.shape", tuple(table.shape), "three dimensions, [B or 1, S, ...]")
     _require(table.device == q.device, f"{name}.device", table.device, f"q's, {q.device}")
     _require(table.dtype.is_floating_point, f"{name}.dtype", table.dtype, "a floating-point dtype")

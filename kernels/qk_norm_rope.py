@@ -201,8 +201,8 @@ def _backward(ctx: Any, grad_q: Tensor | None, grad_k: Tensor | None) -> tuple[A
         return (None,) * 14
     q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
     grads = qk_norm_rope_backward(grad_q, grad_k, q, k, q_weight, k_weight, cos, sin, *ctx.options, ctx.dtype)
-    present = (grad_q is not None, grad_k is not None)
-    present += (present[0] and q_weight is not None, present[1] and k_weight is not None)
+    has_q, has_k = grad_q is not None, grad_k is not None
+    present = (has_q, has_k, has_q and q_weight is not None, has_k and k_weight is not None)
     return *(grad if there else None for grad, there in zip(grads, present, strict=True)), *[None] * 10
 
 

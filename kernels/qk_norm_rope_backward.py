@@ -261,7 +261,8 @@ def _fake(grad_q: Tensor | None, grad_k: Tensor | None, q: Tensor | None, k: Ten
           norm: str, eps: float, weight_offset: float, rotary_dim: int, interleaved: bool,
           cos_lanes: Sequence[int], sin_lanes: Sequence[int],
           dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    given = grad_q if grad_q is not None else grad_k
+    given = grad_k if grad_q is None else grad_q
+    assert given is not None, "autograd calls this op with a gradient for q, for k or for both"
 
     def like(grad: Tensor | None, what: Tensor | None) -> Tensor:
         if grad is None or what is None:

@@ -58,7 +58,8 @@ class NormQkvRopeAttention(Pattern):
         assert query.rope is not None and key.rope is not None
         weights = [h.norm.weight for h in (query, key) if h.norm is not None and h.norm.weight is not None]
         tables = [table for heads in (query, key) for table in (heads.rope.cos, heads.rope.sin)]  # type: ignore[union-attr]
-        inputs = (query.source, key.source, *tables, *weights)
+        sizes = [arg for heads in (query, key) for view_ in heads.views for arg in view_.all_input_nodes]
+        inputs = (query.source, key.source, *tables, *weights, *(arg for arg in sizes if tensor(arg) is None))
         if any(tensor(table).requires_grad for table in tables):  # type: ignore[union-attr]
             raise Miss("the tables of cosines and sines need gradients", anchor)
         region = query.nodes | key.nodes | {query.result, key.result}

@@ -174,9 +174,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them() -> Non
         "u.find_spec = lambda name, *rest: None if name in ('typer', 'rich') else find(name, *rest)\n"
         "from torch_fuse.__main__ import main\nmain()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 2
     assert 'pip install "torch_fuse[examples]"' in done.stderr
 
@@ -226,9 +224,7 @@ def test_overlapping_quartiles_are_no_difference() -> None:
 def test_a_wrong_inductor_does_not_excuse_a_wrong_fuse() -> None:
     exact = torch.randn(64, dtype=torch.float64)
     right = exact.float()
-    checks = numerics.check_all(
-        {"eager": right, "inductor": right + 1, "fuse": right + 1}, exact, torch.float32
-    )
+    checks = numerics.check_all({"eager": right, "inductor": right + 1, "fuse": right + 1}, exact, torch.float32)
     assert checks["eager"].passed
     assert not checks["inductor"].passed and not checks["fuse"].passed
 

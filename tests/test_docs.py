@@ -15,9 +15,7 @@ from torch_fuse.report import Site
 from torch_fuse.rewrite.registry import patterns
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted(
-    path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")] if path.name != "CHANGELOG.md"
-)
+DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")] if path.name != "CHANGELOG.md")
 
 
 def text_of(name: str) -> str:
@@ -45,9 +43,7 @@ def test_the_report_table_names_every_field_of_a_site() -> None:
 def test_the_readme_lists_the_patterns_of_this_package() -> None:
     section = text_of("README.md").split("## What is recognised")[1].split("\n## ")[0]
     documented = set(re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE))
-    ours = {
-        name for name, pattern in patterns().items() if type(pattern).__module__.startswith("torch_fuse.")
-    }
+    ours = {name for name, pattern in patterns().items() if type(pattern).__module__.startswith("torch_fuse.")}
     assert documented == ours
 
 
@@ -74,9 +70,7 @@ def test_commands_and_their_options_exist() -> None:
 
 
 def test_ci_sets_up_and_tests_as_the_readme_says() -> None:
-    command = next(
-        line for line in text_of("README.md").splitlines() if line.startswith('pip install ".[test]"')
-    )
+    command = next(line for line in text_of("README.md").splitlines() if line.startswith('pip install ".[test]"'))
     assert f"({command})" in text_of(".ci/run")
 
 

@@ -317,3 +317,18 @@ def test_kernels_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_without_triton_the_op_runs_its_reference() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from torch_fuse.kernels.qk_norm_rope import qk_norm_rope, supports\n"
+        "q = torch.randn(1, 2, 3, 4, requires_grad=True)\n"
+        "f = torch.compile(lambda q: qk_norm_rope(\n"
+        "    q, q, None, None, None, None, 'rms_head', 1e-6, 0.0, 0, False, [], [], None)[0], backend='aot_eager')\n"
+        "f(q).sum().backward()\n"
+        "assert supports(q, q, 'none', 0) == 'Triton is not installed'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

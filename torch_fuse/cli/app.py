@@ -55,14 +55,10 @@ def demo(
         Path | None,
         typer.Option(exists=True, file_okay=False, help="A local checkpoint of a causal language model."),
     ] = None,
-    size: Annotated[
-        str, typer.Option(callback=one_of(_SIZES), help=f"Pythia size: {', '.join(_SIZES)}.")
-    ] = "auto",
+    size: Annotated[str, typer.Option(callback=one_of(_SIZES), help=f"Pythia size: {', '.join(_SIZES)}.")] = "auto",
     tokens: Annotated[
         int | None,
-        typer.Option(
-            parser=at_least(1), metavar="INTEGER", help="Tokens of a sequence; 1024 on a CPU, 2048 on a GPU."
-        ),
+        typer.Option(parser=at_least(1), metavar="INTEGER", help="Tokens of a sequence; 1024 on a CPU, 2048 on a GPU."),
     ] = None,
     batch: Batch = 1,
     dtype: Annotated[str, typer.Option(callback=one_of(_DTYPES), help=f"{', '.join(_DTYPES)}.")] = "auto",

@@ -94,9 +94,7 @@ def read_config(directory: Path, param_hint: str) -> dict[str, Any]:
     """
     file = directory / "config.json"
     if not file.is_file():
-        hint = (
-            "; give the directory of one of its models" if (directory / "model_index.json").is_file() else ""
-        )
+        hint = "; give the directory of one of its models" if (directory / "model_index.json").is_file() else ""
         raise typer.BadParameter(
             f"'{directory}' has no config.json; allowed: the directory of a saved model{hint}",
             param_hint=param_hint,

@@ -20,6 +20,7 @@ import torch_fuse
 from torch_fuse.cli import pythia
 from torch_fuse.cli.arguments import parse_device, parse_dtype, read_config
 from torch_fuse.cli.compiling import fuse_arguments
+from torch_fuse.cli.doctor import compiler_problem
 from torch_fuse.cli.numerics import Check, check_all, float64_result
 from torch_fuse.cli.progress import Steps
 from torch_fuse.cli.tables import print_report
@@ -64,9 +65,7 @@ def make_plan(args: DemoArguments) -> Plan:
     tokens = args.tokens or (2048 if device.type == "cuda" else 1024)
     if args.model is not None:
         if args.size != "auto":
-            raise typer.BadParameter(
-                f"{args.size!r} with --model; allowed: one of the two", param_hint="--size"
-            )
+            raise typer.BadParameter(f"{args.size!r} with --model; allowed: one of the two", param_hint="--size")
         config = read_config(args.model, "--model")
         limit = config.get("max_position_embeddings", tokens)
         vocab = config.get("vocab_size", pythia.VOCAB_SIZE)
@@ -85,9 +84,7 @@ def make_plan(args: DemoArguments) -> Plan:
             f"{geometry.heads} heads), random weights"
         )
     if tokens > limit:
-        raise typer.BadParameter(
-            f"{tokens}; allowed: 1 to {limit}, the model's longest context", param_hint="--tokens"
-        )
+        raise typer.BadParameter(f"{tokens}; allowed: 1 to {limit}, the model's longest context", param_hint="--tokens")
     return Plan(title, geometry, args.model, tokens, vocab, dtype, device)
 
 
@@ -104,6 +101,10 @@ def _logits(model: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
 def run_demo(args: DemoArguments, console: Console) -> int:
     """Runs the demo; returns the exit status: 0, or 1 when a result is wrong."""
     plan = make_plan(args)
+    problem = compiler_problem() if plan.device.type == "cpu" else None
+    if problem is not None:
+        console.print(f"[red]The demo cannot run:[/] {escape(problem)}")
+        return 1
     console.print(f"[bold]{escape(plan.title)}[/]", highlight=False)
     console.print(
         f"{args.batch} x {plan.tokens} tokens, forward pass, on {_device_name(plan.device)}; "
@@ -257,13 +258,9 @@ def _print_verdict(
         highlight=False,
     )
     if not fuse.differs_from(inductor):
-        console.print(
-            "The quartiles of fuse and Inductor overlap: this run shows no difference between them."
-        )
+        console.print("The quartiles of fuse and Inductor overlap: this run shows no difference between them.")
     if kernels == "reference":
-        console.print(
-            "The fused ops ran as plain PyTorch (--kernels reference): this shows the rewrite, not speed."
-        )
+        console.print("The fused ops ran as plain PyTorch (--kernels reference): this shows the rewrite, not speed.")
     elif device.type == "cpu":
         console.print(
             "The fused kernels are GPU kernels and do not run on a CPU: such sites stay with Inductor (kept "

@@ -135,8 +135,7 @@ def diagnose() -> dict[str, Any]:
                 "op": pattern.op,
                 "needs_kernel": pattern.needs_kernel,
                 "unusable": {
-                    name: op_support(pattern.op, torch.device(name)) if pattern.needs_kernel else None
-                    for name in names
+                    name: op_support(pattern.op, torch.device(name)) if pattern.needs_kernel else None for name in names
                 },
             }
             for pattern in registry.patterns().values()
@@ -188,11 +187,7 @@ def _print(console: Console, found: dict[str, Any]) -> None:
     )
     for pattern in found["patterns"]:
         for i, (device, reason) in enumerate(pattern["unusable"].items()):
-            first = (
-                (pattern["name"], escape(pattern["summary"]), pattern["op"] or "-")
-                if i == 0
-                else ("", "", "")
-            )
+            first = (pattern["name"], escape(pattern["summary"]), pattern["op"] or "-") if i == 0 else ("", "", "")
             usable = _verdict(reason) if pattern["needs_kernel"] else "[green]yes[/] (needs no kernel)"
             patterns.add_row(*first, device, usable)
     for table in (versions, devices, patterns):
@@ -202,15 +197,11 @@ def _print(console: Console, found: dict[str, Any]) -> None:
     if found["backend_found"]:
         console.print('[green]ok[/]  torch.compile finds backend="fuse"', highlight=False)
     else:
-        console.print(
-            '[red]torch.compile does not find backend="fuse":[/] the entry point is missing; reinstall'
-        )
+        console.print('[red]torch.compile does not find backend="fuse":[/] the entry point is missing; reinstall')
     style = "[green]ok[/]  C++ compiler:" if found["compiler_works"] else "[red]C++ compiler:[/]"
     console.print(f"{style} {escape(found['compiler'])}", highlight=False)
     cache = found["inductor_cache"]
-    console.print(
-        f"    Inductor's cache: {escape(cache['directory'])}, {cache['entries']} entries", highlight=False
-    )
+    console.print(f"    Inductor's cache: {escape(cache['directory'])}, {cache['entries']} entries", highlight=False)
 
 
 def _verdict(reason: str | None) -> str:

@@ -33,7 +33,7 @@ class ExplainArguments:
 
 
 def run_explain(args: ExplainArguments, console: Console) -> int:
-    """Builds or loads the model, traces it and prints the report; returns the exit status."""
+    """Builds or loads the model, traces it and prints the report; returns 1 when the trace failed."""
     device = parse_device(args.device)
     # with --json, stdout is the JSON alone
     steps = Steps(make_console(stderr=True) if args.json_output else console)
@@ -50,15 +50,16 @@ def run_explain(args: ExplainArguments, console: Console) -> int:
             with steps.step("tracing"):
                 report = torch_fuse.explain(model, fuse_options={"kernels": args.kernels}, **inputs)
         except Exception as error:
-            console.print(
+            steps.console.print(
                 f"[red]{escape(type(model).__name__)} could not be traced with the inputs made for it:[/] "
                 f"{escape(type(error).__name__)}: {escape(str(error).strip())}\n"
                 "In Python: torch_fuse.explain(model, *args, **kwargs) with inputs of your own."
             )
             return 1
+    status = 1 if any(graph.error for graph in report.graphs) else 0
     if args.json_output:
         sys.stdout.write(json.dumps({"model": args.model, **report.to_dict()}, indent=1) + "\n")
-        return 0
+        return status
     size = sum(p.numel() for p in model.parameters()) / 1e6
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     console.print(
@@ -67,4 +68,4 @@ def run_explain(args: ExplainArguments, console: Console) -> int:
         highlight=False,
     )
     print_report(console, report)
-    return 0
+    return status

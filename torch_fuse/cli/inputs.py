@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import typer
+from torch.utils._pytree import tree_map_only
 
 _TEXT_TOKENS = 16
 _TEXT_WIDTHS = (
@@ -45,12 +46,7 @@ def example_inputs(model: torch.nn.Module, batch: int, tokens: int) -> dict[str,
             "For others call torch_fuse.explain(model, *args) in Python",
             param_hint="MODEL",
         )
-    return {
-        name: value.to(device, dtype if value.is_floating_point() else value.dtype)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in inputs.items()
-    }
+    return tree_map_only(torch.Tensor, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype), inputs)
 
 
 def _transformer(model: torch.nn.Module, batch: int, tokens: int) -> dict[str, Any]:
@@ -98,16 +94,12 @@ def _diffusion(model: torch.nn.Module, batch: int, tokens: int) -> dict[str, Any
     inputs: dict[str, Any] = {"timestep": torch.full((batch,), 500)}
     if "img_ids" in names:
         inputs["hidden_states"] = torch.randn(batch, rows * columns, channels)
-        inputs["img_ids"] = torch.cartesian_prod(
-            torch.arange(1), torch.arange(rows), torch.arange(columns)
-        ).float()
+        inputs["img_ids"] = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns)).float()
         inputs["txt_ids"] = torch.zeros(_TEXT_TOKENS, 3)
     elif isinstance(patch, (tuple, list)) and len(patch) == 3:
         inputs["hidden_states"] = torch.randn(batch, channels, patch[0], rows * patch[1], columns * patch[2])
     elif isinstance(config.get("patch_size_t"), int) and isinstance(patch, int) and "num_frames" not in names:
-        inputs["hidden_states"] = torch.randn(
-            batch, channels, config["patch_size_t"], rows * patch, columns * patch
-        )
+        inputs["hidden_states"] = torch.randn(batch, channels, config["patch_size_t"], rows * patch, columns * patch)
     elif "sample" in names:
         inputs["sample"] = torch.randn(batch, channels, 32, 32)
     elif isinstance(patch, int) and "img_shapes" not in names and "num_frames" not in names:
@@ -126,6 +118,6 @@ def _diffusion(model: torch.nn.Module, batch: int, tokens: int) -> dict[str, Any
     if "guidance" in names and config.get("guidance_embeds"):
         inputs["guidance"] = torch.full((batch,), 3.5)
     if "added_cond_kwargs" in names:
-        inputs["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        inputs["added_cond_kwargs"] = {"resolution": torch.ones(batch, 2), "aspect_ratio": torch.ones(batch, 1)}
     inputs["return_dict"] = False
     return inputs if {"hidden_states", "sample"} & inputs.keys() else {}

@@ -60,9 +60,7 @@ def rounding(reference: torch.Tensor, dtype: torch.dtype) -> Error:
     return Error(2 * largest, 2 * math.sqrt(squares / max(reference.numel(), 1)))
 
 
-def check_all(
-    results: Mapping[str, torch.Tensor], reference: torch.Tensor, dtype: torch.dtype
-) -> dict[str, Check]:
+def check_all(results: Mapping[str, torch.Tensor], reference: torch.Tensor, dtype: torch.dtype) -> dict[str, Check]:
     """Judges "eager", "inductor" and "fuse": Inductor by eager's error, fuse by the larger of the two.
 
     An Inductor result that breaks the rule is no yardstick for ours: then eager alone is.
@@ -71,9 +69,7 @@ def check_all(
     errors = {name: distance(result, reference) for name, result in results.items()}
 
     def allowed(*yardsticks: Error) -> Error:
-        return Error(
-            2 * max(e.max for e in yardsticks) + slack.max, 2 * max(e.rms for e in yardsticks) + slack.rms
-        )
+        return Error(2 * max(e.max for e in yardsticks) + slack.max, 2 * max(e.rms for e in yardsticks) + slack.rms)
 
     base = Check(errors["eager"], allowed(errors["eager"]))
     plain = Check(errors["inductor"], base.allowed)

@@ -65,9 +65,7 @@ def shrink(defaults: Mapping[str, Any], layers: int) -> dict[str, Any]:
             width = heads * ints["attention_head_dim"]
         if width is not None and width % heads == 0:
             small = width // heads * few
-            changed |= {
-                k: small for k, v in ints.items() if v == width and (k in _WIDTHS or k.endswith("_dim"))
-            }
+            changed |= {k: small for k, v in ints.items() if v == width and (k in _WIDTHS or k.endswith("_dim"))}
             changed |= {name: 2 * small for name in _INNER if name in ints}
     vocab = changed.get("vocab_size")
     if vocab is not None:
@@ -104,11 +102,7 @@ def _similar(name: str) -> Iterator[str]:
     known: list[str] = []
     for package in ("transformers", "diffusers"):
         if package in sys.modules:
-            known += [
-                entry
-                for entry in dir(sys.modules[package])
-                if entry.endswith(("Model", "LM", "Classification"))
-            ]
+            known += [entry for entry in dir(sys.modules[package]) if entry.endswith(("Model", "LM", "Classification"))]
     yield from difflib.get_close_matches(name, known, n=3, cutoff=0.6)
 
 

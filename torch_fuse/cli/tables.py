@@ -23,12 +23,14 @@ def short_location(location: str) -> str:
 def report_table(report: Report) -> Table:
     """One row for each group of sites that differ in nothing but their node."""
     groups = Counter(
-        (site.pattern, site.status, site.op, short_location(site.location), site.reason)
+        (site.pattern, site.status, site.op.removeprefix("torch_fuse::"), short_location(site.location), site.reason)
         for site in report.sites
     )
     table = Table(title="What was fused, what was not, and why", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("pattern", "status", "sites", "op", "where", "reason"):
-        table.add_column(column, justify="right" if column == "sites" else "left", overflow="fold")
+        table.add_column(
+            column, justify="right" if column == "sites" else "left", overflow="fold", no_wrap=column == "op"
+        )
     for (pattern, status, op, where, reason), n in groups.items():
         style = _STYLES.get(status, "")
         cells = (pattern, f"[{style}]{status}[/]" if style else status, str(n), op or "-", where, reason)

@@ -217,18 +217,35 @@ def _functions() -> dict[Any, str]:
     return table
 
 
+def _method(name: str) -> tuple[str | None, bool, bool]:
+    """The operator of a method name, whether it is in place, and whether its operands are swapped (`__rsub__`)."""
+    if name.startswith("__") and name.endswith("__"):
+        bare = {"setitem": "setitem", "getitem": "getitem", "truediv": "div", "invert": "not"}
+        inner = name[2:-2]
+        op = _functions().get(bare.get(inner, inner)) or (inner if inner in ("and", "or", "xor") else None)
+        if op is not None or len(inner) < 2 or inner[0] not in "ir":
+            return op, False, False
+        op, _, _ = _method(f"__{inner[1:]}__")
+        return op, inner[0] == "i", inner[0] == "r"
+    op = _functions().get(name)
+    if op is None and name.endswith("_"):
+        return _functions().get(name[:-1]), True, False
+    return op, False, False
+
+
 def call_of(node: Any) -> Call | None:
     """The canonical call of `node`; None for inputs, constants and everything that is not understood."""
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
         return None
-    target = node.target
+    target, args = node.target, tuple(node.args)
     inplace = False
     op = None
     if node.op == "call_method":
-        assert isinstance(target, str)
-        op = _functions().get(target)
-        if op is None and target.endswith("_") and not target.endswith("__"):
-            op, inplace = _functions().get(target[:-1]), True
+        op, inplace, swapped = _method(str(target))
+        if swapped and len(args) == 2:
+            args = (args[1], args[0])
+        if op == "softmax":
+            args = (*args[:2], 3, *args[2:])
     elif isinstance(target, torch._ops.OpOverload):
         if target.namespace == "aten":
             op = target._opname if target._opname in _signatures() else None
@@ -242,12 +259,8 @@ def call_of(node: Any) -> Call | None:
     if op is None:
         return None
     if op == "cast":
-        return Call(op, {"input": node.args[0]}) if node.args else None
-    signature = _signatures()[op]
-    args = tuple(node.args)
-    if op in ("softmax",) and node.op == "call_method":
-        args = (*args[:2], 3, *args[2:])
-    bound = signature.bind(args, node.kwargs)
+        return Call(op, {"input": args[0]}) if args else None
+    bound = _signatures()[op].bind(args, node.kwargs)
     if bound is None:
         return None
     return Call(op, bound, inplace or bound.get("inplace") is True)

@@ -28,8 +28,7 @@ def mutated(node: Node) -> list[Node]:
     """The nodes whose tensors `node` writes to; for an operator that is not understood, all its arguments."""
     arguments = node.all_input_nodes
     if node.op == "call_method":
-        name = str(node.target)
-        return arguments[:1] if name.endswith("_") and not name.endswith("__") else []
+        return arguments[:1] if _writes_by_name(str(node.target)) else []
     if node.op == "call_module":
         return arguments
     if node.op != "call_function":
@@ -51,9 +50,16 @@ def mutated(node: Node) -> list[Node]:
     name = getattr(target, "__name__", "")
     if getattr(target, "__module__", "") == "_operator":  # and_, or_ and not_ only look like it
         return written
-    if name.endswith("_") and not name.endswith("__"):
+    if _writes_by_name(name):
         return [*written, *arguments[:1]]
     return [*written, *arguments[:1]] if _asks_in_place(node) else written
+
+
+def _writes_by_name(name: str) -> bool:
+    """`add_`, `__iadd__`, `__setitem__`."""
+    if name.startswith("__") and name.endswith("__"):
+        return name[2:-2] in {function.__name__ for function in _IN_PLACE_OPERATORS}
+    return name.endswith("_")
 
 
 def _nodes(value: object) -> list[Node]:
@@ -102,16 +108,17 @@ class Order:
         return [node for node in nodes if first < self.index[node] < last]
 
     def check_movable(self, region: Collection[Node], inputs: Collection[Node], at: int) -> None:
-        """Raises Miss unless `region`, reading `inputs`, computes the same when it runs just before position `at`.
+        """Raises Miss unless `region`, reading `inputs`, computes the same just before position `at` as where it is.
 
         Raises:
             Miss: for a mutation of an input or an intermediate in between, or a change of mode.
         """
-        first = min(self.index[node] for node in region)
-        for node in self.between(self.switches, first, at):
+        positions = [self.index[node] for node in region]
+        first, last = min(positions), max(at, *positions)
+        for node in self.between(self.switches, first, last):
             raise Miss(f"autocast or grad mode changes inside the region ({node.name})", node)
         read = self._aliases([*region, *inputs])
-        for node in self.between(self.writers, first, at):
+        for node in self.between(self.writers, first, last):
             if node in region:
                 continue
             if read & self._aliases(mutated(node)):

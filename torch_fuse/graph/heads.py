@@ -80,19 +80,20 @@ def match_heads(node: Node, order: Order, mode: FakeTensorMode | None, tables: C
     chain, axes = _walk_layout(node)
     top = chain[-1][0]
     rope = match_rope(top, order, _ends_trace, tables)
-    source, offset, nodes = top, 0, {step for step, _ in chain}
+    source, offset, inside = top, 0, set[Node]()
     if rope is not None:
-        source, offset = rope.source, rope.offset
-        nodes |= rope.nodes
+        source, offset, inside = rope.source, rope.offset, set(rope.nodes)
         if axes[3] != 3:
             raise Miss("the rotary embedding does not act on the head dimension", top)
-    result, result_axes = _replaceable(chain, nodes)
+    at = _replaceable(chain, inside)
+    result, result_axes = chain[at]
+    inside |= {step for step, _ in chain[at:]}
     head_dim = static_int(found.shape[3])
     if head_dim is None:
         raise Miss("the head dimension is not static", node)
     heads = Heads(
         result, result_axes, source, (), axes, offset, head_dim, rope, None, "head",
-        frozenset(nodes if rope is not None else set()),
+        frozenset(inside if rope is not None else ()),
     )  # fmt: skip
     return _with_norm(heads, mode) or heads
 
@@ -139,14 +140,15 @@ def _axes(values: Iterable[int]) -> Axes:
     return a, b, c, d
 
 
-def _replaceable(chain: list[tuple[Node, Axes]], inside: set[Node]) -> tuple[Node, Axes]:
-    """The last node of the chain before one that others read too; the stores that fill it do not count."""
-    best = chain[-1]
-    for item in reversed(chain[:-1]):
-        if len(set(best[0].users) - (inside - {node for node, _ in chain})) > 1:
-            break
-        best = item
-    return best
+def _replaceable(chain: list[tuple[Node, Axes]], inside: set[Node]) -> int:
+    """Where in the chain to replace: the node nearest to attention below which nobody else reads.
+
+    The stores that fill a value are among `inside` and do not count as readers.
+    """
+    at = len(chain) - 1
+    while at > 0 and len(set(chain[at][0].users) - inside) <= 1:
+        at -= 1
+    return at
 
 
 def _with_norm(heads: Heads, mode: FakeTensorMode | None) -> Heads | None:

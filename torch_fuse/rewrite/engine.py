@@ -162,25 +162,32 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run) -> No
                 match = pattern.match(view, anchor)
             if match is None:
                 continue
-            _check_match(view, match)
+            at = _insertion_point(view, match)
             kept = _kept(pattern, match, refusal, run)
             if kept is not None:
                 _record(run, pattern, anchor, "kept", kept)
                 continue
-            stale |= _replace(module, view, pattern, match, run)
+            stale |= _replace(module, view, pattern, match, at, run)
         except Miss as miss:
             _record(run, pattern, anchor, "missed", miss.reason)
 
 
-def _check_match(view: GraphView, match: Match) -> None:
-    """Raises Miss unless computing the region where its last replaced node stands gives the same values."""
-    order = view.order
-    last = max(order.index[node] for node in match.replaced)
-    order.check_movable(match.region, match.inputs, last + 1)
+def _insertion_point(view: GraphView, match: Match) -> int:
+    """The position before which the replacement is computed.
+
+    Raises:
+        Miss: when a result is read before everything that the match needs is there, or when reading it there
+            instead of where the graph reads it would give other values.
+    """
+    index = view.order.index
+    at = max(index[node] for node in match.replaced) + 1
     for node in match.replaced:
-        for user in node.users:
-            if user not in match.region and order.index[user] <= last:
-                raise Miss(f"{user.name} needs {node.name} before the whole match is computed", user)
+        at = min([at, *(index[user] for user in node.users if user not in match.region)])
+    late = [node for node in match.inputs if index[node] >= at]
+    if late:
+        raise Miss(f"{view.order.nodes[at].name} reads a part of the match before {late[0].name} is computed", late[0])
+    view.order.check_movable(match.region, match.inputs, at)
+    return at
 
 
 def _kept(pattern: Pattern, match: Match, refusal: str, run: _Run) -> str | None:
@@ -194,11 +201,9 @@ def _kept(pattern: Pattern, match: Match, refusal: str, run: _Run) -> str | None
     return pattern.check(match, options)
 
 
-def _replace(module: GraphModule, view: GraphView, pattern: Pattern, match: Match, run: _Run) -> set[Node]:
+def _replace(module: GraphModule, view: GraphView, pattern: Pattern, match: Match, at: int, run: _Run) -> set[Node]:
     """Emits the replacement, or reports why not; returns the nodes that are no longer what they were."""
-    order = view.order
-    last = max(match.replaced, key=order.index.__getitem__)
-    builder = Builder(module, order.nodes[order.index[last] + 1], view.fake_mode, match.anchor)
+    builder = Builder(module, view.order.nodes[at], view.fake_mode, match.anchor)
     try:
         changed = pattern.rewrite(match, builder, run.options)
         for old, new in changed.items():
@@ -219,7 +224,11 @@ def _replace(module: GraphModule, view: GraphView, pattern: Pattern, match: Matc
     run.report.rewrites += 1
     _record(run, pattern, anchor, "fused", match.note)
     _log.debug("%s rewrote %s: %s", pattern.name, match.anchor.name, match.note)
-    return set(match.replaced) | _erase_dead(module, view, match)
+    erased = _erase_dead(module, view, match)
+    for node in set(match.replaced) - erased:
+        if any(user.target is not operator.setitem for user in node.users):
+            raise RuntimeError(f"{pattern.name} replaced {node.name}, but {next(iter(node.users)).name} still reads it")
+    return set(match.replaced) | erased
 
 
 def _erase_dead(module: GraphModule, view: GraphView, match: Match) -> set[Node]:
