@@ -20,7 +20,7 @@ cos2 = cos[..., mult * p + second]; so does `sin_lanes`.
 - Raises ValueError, naming the argument, its value and what is allowed.
 
 Example:
-    >>> q, k = torch.randn(2, 5, 3, 4, 16).unbind(2)
+    >>> q, k, v = torch.randn(2, 5, 3, 4, 16).unbind(2)
     >>> cos, sin = torch.ones(1, 5, 16), torch.zeros(1, 5, 16)
     >>> half = (1, 0, 8)
     >>> q2, k2 = qk_norm_rope(q, k, None, None, cos, sin, "none", 0.0, 0.0, 16, False, half, half, None)

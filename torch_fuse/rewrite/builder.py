@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node, map_arg
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from torch_fuse._compat import FakeTensorMode, no_guards, op_overload
 from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.values import equal, same_shape, tensor, tensors, value
+from torch_fuse.graph.values import equal, same_shape, tensor, value
 
 
 class Builder:
@@ -78,61 +76,3 @@ def check_same_meta(old: Node, new: Node) -> None:
 def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of the same shape lie alike in memory, as far as is known."""
     return all(equal(size, 1) or equal(x, y) for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
-
-
-def restride(changed: dict[Node, Node], mode: FakeTensorMode | None) -> None:
-    """Follows changed strides downstream and updates the fake values, without changing the graph.
-
-    Args:
-        changed: old node -> its replacement; users still read the old nodes.
-
-    Raises:
-        Miss: when an operator cannot take the new strides (a `view`), or a result of the graph would change its.
-    """
-    new_values: dict[Node, Any] = {
-        old: value(new) for old, new in changed.items() if not same_strides(value(old), value(new))
-    }
-    if not new_values:
-        return
-    pending = sorted({user for old in new_values for user in old.users})
-    queued = set(pending)
-    while pending:
-        node = heapq.heappop(pending)
-        if node in new_values:
-            continue
-        if node.op == "output":
-            raise Miss("a result of the graph would change its strides", node)
-        if node.op not in ("call_function", "call_method"):
-            raise Miss(f"{node.name} takes a value whose strides would change", node)
-        new = _evaluate_with(node, new_values, mode)
-        sources = [new_values[a] for a in node.all_input_nodes if a in new_values]
-        if _settled(new, value(node)) and not _aliases(new, sources):
-            continue
-        new_values[node] = new
-        for user in node.users:
-            if user not in queued:
-                queued.add(user)
-                heapq.heappush(pending, user)
-    for node, new in new_values.items():
-        if node not in changed:
-            node.meta["example_value"] = new
-
-
-def _settled(new: Any, old: Any) -> bool:
-    return isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor) and same_strides(new, old)
-
-
-def _aliases(new: Any, sources: list[Any]) -> bool:
-    refs = {StorageWeakRef(t.untyped_storage()) for t in tensors(sources)}
-    return any(StorageWeakRef(t.untyped_storage()) in refs for t in tensors(new))
-
-
-def _evaluate_with(node: Node, new_values: dict[Node, Any], mode: FakeTensorMode | None) -> Any:
-    args, kwargs = map_arg((node.args, node.kwargs), lambda n: new_values.get(n, value(n)))
-    try:
-        with no_guards(mode):
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-    except Exception as error:
-        raise Miss(f"{node.name} cannot take the new strides: {error}", node) from error

@@ -15,8 +15,9 @@ from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import describe_shape, location, tensor, value
 from torch_fuse.options import Options
 from torch_fuse.report import GraphReport, Site, Status
-from torch_fuse.rewrite.builder import Builder, check_same_meta, restride, same_strides
+from torch_fuse.rewrite.builder import Builder, check_same_meta, same_strides
 from torch_fuse.rewrite.pattern import Match, Pattern
+from torch_fuse.rewrite.restride import restride
 from torch_fuse.rewrite.view import KINDS, GraphView
 
 _log = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def _replace(module: GraphModule, view: GraphView, pattern: Pattern, match: Matc
         changed = pattern.rewrite(match, builder, run.options)
         for old, new in changed.items():
             check_same_meta(old, new)
-        restride(changed, view.fake_mode)
+        restride(changed, view.fake_mode, view.order)
     except BaseException as error:
         builder.discard()
         if isinstance(error, Miss):
