@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ._ops import define_op, on_device_of, tl, triton, wrap_triton
 from ._qk_common import Spec, acc_dtype, check, join_pairs, normalise, scale, split_pairs, table_values
+from ._qk_flat import FLAT_ARGUMENTS, FLAT_ROWS, FLAT_WARPS, flat_kernel, flat_lanes, flat_tiles, prefers_flat
 from ._qk_tile import (
     load_pairs,
     load_rest,
@@ -161,6 +162,15 @@ def _forward(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | N
     q_out, k_out = _outputs(q, k, out_dtype)
     tokens, length, dim = q.shape[0] * q.shape[1], q.shape[1], int(q.shape[3])
     if tokens == 0:
+        return q_out, k_out
+    if prefers_flat(q, k, norm, spec.rotary_dim, interleaved):
+        arguments = tile_arguments(cos, sin, dim, spec)
+        with on_device_of(q):
+            wrap_triton(flat_kernel)[(flat_tiles(q) + flat_tiles(k),)](
+                q, *q.stride(), q_out, k, *k.stride(), k_out, tokens, length, flat_tiles(q),
+                **{name: arguments[name] for name in FLAT_ARGUMENTS}, **flat_lanes(dim, spec.rotary_dim),
+                HQ=int(q.shape[2]), HK=int(k.shape[2]), ROWS=FLAT_ROWS, num_warps=FLAT_WARPS,
+            )  # fmt: skip
         return q_out, k_out
     q_plan, k_plan = (plan(int(x.shape[2]), dim, norm, TILE) for x in (q, k))
     with on_device_of(q):

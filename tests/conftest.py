@@ -4,14 +4,14 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 settings.register_profile(
     "default", deadline=None, derandomize=True, database=None, print_blob=False,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], phases=[Phase.explicit, Phase.generate],
 )  # fmt: skip
-# HYPOTHESIS_PROFILE=hunt pytest tests/test_properties.py: new draws every time, and many more.
-settings.register_profile("hunt", settings.get_profile("default"), derandomize=False, max_examples=1000)
+# HYPOTHESIS_PROFILE=hunt pytest tests/test_properties.py: new draws every time, many more, and shrunk when they fail.
+settings.register_profile("hunt", settings.get_profile("default"), derandomize=False, phases=list(Phase))
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

@@ -106,8 +106,7 @@ def to_float64(value: Any) -> Any:
     def convert(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        x = x.detach().double() if x.dtype.is_floating_point else x
-        return x
+        return x.detach().double() if x.dtype.is_floating_point else x
 
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).double()
@@ -124,8 +123,9 @@ def fresh_inputs(inputs: Any) -> Any:
     def fresh(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        new = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        return new.copy_(x.detach()).requires_grad_(x.requires_grad)
+        storage = x.detach().untyped_storage().clone()
+        new = torch.empty(0, dtype=x.dtype, device=x.device).set_(storage, x.storage_offset(), x.shape, x.stride())
+        return new.requires_grad_(x.requires_grad)
 
     return tree_map(fresh, inputs)
 

@@ -56,7 +56,7 @@ MUTATIONS = [
     "query_scaled_after", "key_scaled_after", "lane_overwritten", "rounded_between", "detached_between",
     "intermediate_returned", "rotated_key_returned", "rotated_key_flattened_and_doubled", "key_flattened_in_place",
     "mutated_before", "mutated_inside", "mutated_between_query_and_key", "mutated_after", "alias_mutated_inside",
-    "table_mutated_between", "weight_mutated_between", "learned_tables", "per_head_tables",
+    "table_mutated_between", "learned_tables", "per_head_tables",
     "grad_off_inside", "autocast_inside",
 ]  # fmt: skip
 
@@ -88,6 +88,8 @@ class Block(nn.Module):
         q, k = self._normalise(q, k, v)
         if s.rotate_transposed:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
+        if mutation in ("mutated_before", "mutated_inside", "alias_mutated_inside"):
+            q, k = q + 0, k + 0  # the parts of a split may not be written to
         if mutation == "mutated_before":
             q.mul_(1.5)
         if mutation == "rounded_between":
@@ -95,9 +97,9 @@ class Block(nn.Module):
         if mutation == "detached_between":
             q = q.detach()
         extra: list[Tensor] = []
-        q_table, k_table = self._tables(0, q), self._tables(0, k)
+        q_table = k_table = self._tables(0, k)
         if mutation == "query_table_of_other_positions":
-            q_table = self._tables(1, q)
+            q_table = self._tables(1, k)
         if mutation == "key_table_of_other_positions":
             k_table = self._tables(1, k)
         q = self._rotate(q, *q_table, extra)
@@ -105,12 +107,10 @@ class Block(nn.Module):
             q.mul_(1.5)
         if mutation == "table_mutated_between":
             k_table[0].mul_(1.5)
-        if mutation == "weight_mutated_between":
-            with torch.no_grad():
-                self.q_weight.mul_(1.0)
         cos, sin = k_table
         grad_off = torch.no_grad() if mutation == "grad_off_inside" else nullcontext()
-        autocast = torch.autocast("cpu", torch.bfloat16) if mutation == "autocast_inside" else nullcontext()
+        lowers = mutation == "autocast_inside" and x.dtype != torch.float64
+        autocast = torch.autocast("cpu", torch.bfloat16) if lowers else nullcontext()
         with grad_off, autocast:
             k = self._rotate(k, cos, -sin if mutation == "key_rotated_backwards" else sin, [])
         if mutation == "query_scaled_after":
@@ -190,7 +190,7 @@ class Block(nn.Module):
             if s.table == "full":
                 rows = rows.repeat_interleave(2, dim=-1) if s.interleaved else torch.cat((rows, rows), dim=-1)
             rows = rows.clone()[None, None] if s.rotate_transposed else rows.clone()[None, :, None]
-            if s.mutation == "per_head_tables":
+            if s.mutation == "per_head_tables" and s.groups == 1:
                 heads = like.shape[1] if s.rotate_transposed else like.shape[2]
                 factor = torch.arange(1, heads + 1, dtype=like.dtype) / heads
                 rows = rows * (factor[:, None, None] if s.rotate_transposed else factor[:, None])
