@@ -2,8 +2,8 @@
 
     python benchmarks/bench_gelu.py --out results.jsonl [--sweep] [--only pythia-2.8b]
 
-Correct first (against float64), then the median of device events over inputs rotated past L2. The floor is the bytes
-read and written at 4.29 TB/s (an H200's copy). `--dry` proves the script on a CPU at tiny sizes.
+Correct first (against float64), then the median of CUDA graphs of calls over inputs that do not fit L2 together. The
+floor is the bytes read and written at 4.29 TB/s (an H200's copy). `--dry` proves the script on a CPU at tiny sizes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Log, error, interleaved_ms
+from common import Log, captured, error, interleaved_ms
 
 module = importlib.import_module("torch_fuse.kernels.gelu")
 
@@ -33,7 +33,6 @@ Op = Callable[[torch.Tensor, str], torch.Tensor]
 
 
 def unfused(x: torch.Tensor, approximate: str) -> torch.Tensor:
-    """What the op replaces."""
     return F.gelu(x, approximate=approximate)
 
 
@@ -50,20 +49,19 @@ def step(op: Op, x: torch.Tensor, grad: torch.Tensor, approximate: str, train: b
     return both
 
 
-def rotated(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
-    """The next of several calls each time, whose inputs do not fit L2 together."""
-    turn = itertools.cycle(calls)
-    return lambda: next(turn)()
+def in_turn(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """All of several calls, whose inputs do not fit L2 together; on a GPU, as a CUDA graph."""
+    return captured(lambda: [call() for call in calls]) if torch.cuda.is_available() else lambda: calls[0]()
 
 
-def measure(log: Log, name: str, ops: dict[str, Op], dry: bool, reps: int, **fields: Any) -> None:
-    """Checks and times the ops on one geometry."""
+def measure(log: Log, name: str, ops: dict[str, Op], dry: bool, **fields: Any) -> None:
     shape, approximate, train = GEOMETRIES[name]
     shape = (1, 5, 96) if dry else shape
     options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cpu" if dry else "cuda"}
     bytes_moved = torch.Size(shape).numel() * 2 * (5 if train else 2)
     torch.manual_seed(0)
-    pairs = [(torch.randn(shape, **options), torch.randn(shape, **options)) for _ in range(3 * L2 // bytes_moved + 2)]
+    copies = 1 if dry else 3 * L2 // bytes_moved + 2
+    pairs = [(torch.randn(shape, **options), torch.randn(shape, **options)) for _ in range(copies)]
     part = slice(0, 4096)  # of each row, in float64
     x, grad = (tensor[..., part].double() for tensor in pairs[0])
     exact = step(unfused, x, grad, approximate, train)()
@@ -73,9 +71,9 @@ def measure(log: Log, name: str, ops: dict[str, Op], dry: bool, reps: int, **fie
         found = step(op, *pairs[0], approximate, train)()
         row[f"{label}_error"] = [error(a[..., part], b) for a, b in zip(found, exact, strict=True)]
         assert all(e["rms"] < 2e-3 for e in row[f"{label}_error"]), row  # NaN fails too
-        calls[label] = rotated([step(op, *pair, approximate, train) for pair in pairs])
-    timed = interleaved_ms(calls, 1 if dry else reps)
-    log.write(**row, **{f"{label}_us": ms * 1e3 for label, ms in timed.items()}, **fields)
+        calls[label] = in_turn([step(op, *pair, approximate, train) for pair in pairs])
+    times = interleaved_ms(calls, 1 if dry else 50)
+    log.write(**row, **{f"{label}_us": ms * 1e3 / len(pairs) for label, ms in times.items()}, **fields)
 
 
 def main() -> None:
@@ -84,11 +82,10 @@ def main() -> None:
     parser.add_argument("--only", choices=GEOMETRIES, help="one geometry")
     parser.add_argument("--sweep", action="store_true", help="also try other blocks and numbers of warps")
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU: proves the script, measures nothing")
-    parser.add_argument("--reps", type=int, default=100)
     given = parser.parse_args()
     log = Log(given.out)
     chosen = (module.BLOCK, module.NUM_WARPS)
-    sizes = itertools.product((1024, 2048, 4096, 8192), (2, 4, 8)) if given.sweep else ()
+    sizes = list(itertools.product((1024, 2048, 4096, 8192), (2, 4, 8))) if given.sweep else []
     for name in [given.only] if given.only else GEOMETRIES:
         torch._dynamo.reset()
         for block, warps in (chosen, *(pair for pair in sizes if pair != chosen)):
@@ -96,7 +93,7 @@ def main() -> None:
             ops: dict[str, Op] = {"op": torch.ops.torch_fuse.gelu}
             if (block, warps) == chosen:
                 ops["inductor"] = torch.compile(unfused, dynamic=False)
-            measure(log, name, ops, given.dry, given.reps, block=block, warps=warps)
+            measure(log, name, ops, given.dry, block=block, warps=warps)
         module.BLOCK, module.NUM_WARPS = chosen
 
 

@@ -17,7 +17,7 @@ class Log:
     """Writes one JSON line a result, each with the GPU and the versions."""
 
     def __init__(self, path: str | None) -> None:
-        self._file = Path(path).open("a") if path else None
+        self._path = Path(path) if path else None
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         self._context = {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
 
@@ -26,9 +26,9 @@ class Log:
         line = json.dumps({**fields, **self._context}, default=str)
         sys.stdout.write(line[:1500] + "\n")
         sys.stdout.flush()
-        if self._file is not None:
-            self._file.write(line + "\n")
-            self._file.flush()
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(line + "\n")
 
 
 def interleaved_ms(calls: dict[str, Callable[[], Any]], reps: int = 20, warmup: int = 3) -> dict[str, float]:

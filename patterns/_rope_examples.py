@@ -104,7 +104,7 @@ def reversed_pass(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def twice_written(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    x1, _ = x.unflatten(-1, (-1, 2)).unbind(-1)
     out = torch.zeros_like(x)
     out[..., 0::2] = x1 * cos[..., 0::2]
     return out
@@ -195,7 +195,7 @@ class Block(nn.Module):
         q, k, v = self.split(x)
         if layout.norm is not None and layout.scope == "head":
             q, k = layout.norm(q, self.q_weight), layout.norm(k, self.k_weight)
-        cos, sin = self.cos.to(x.dtype)[None], self.sin.to(x.dtype)[None]  # type: ignore[index,operator]
+        cos, sin = self.cos.to(x.dtype)[None], self.sin.to(x.dtype)[None]
         if layout.rotate_transposed:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

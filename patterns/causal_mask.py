@@ -82,8 +82,8 @@ def _enables_gqa(node: Node) -> bool:
     return node.kwargs.get("enable_gqa", False) is True
 
 
-def _attention(mask):  # type: ignore[no-untyped-def]
-    def make(dtype: torch.dtype):  # type: ignore[no-untyped-def]
+def _attention(mask):
+    def make(dtype: torch.dtype):
         def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q.shape[-2], q.device), scale=0.3)
 

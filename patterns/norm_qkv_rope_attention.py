@@ -211,7 +211,7 @@ def _emit_heads(heads: Heads, builder: Builder) -> Node:
 def _emit_view(view: Node, source: Node, builder: Builder) -> Node:
     args = [source if arg is view.args[0] else arg for arg in view.args]
     target = "reshape" if view.target == "view" else view.target
-    return builder.call(target, *args, **view.kwargs)  # type: ignore[arg-type]
+    return builder.call(target, *args, **view.kwargs)
 
 
 def _emit_weight(heads: Heads, builder: Builder) -> Node | None:

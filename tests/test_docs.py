@@ -70,7 +70,7 @@ def test_commands_and_their_options_exist() -> None:
 
 
 def test_ci_sets_up_and_tests_as_the_readme_says() -> None:
-    command = next(line for line in text_of("README.md").splitlines() if line.startswith('pip install ".[test]"'))
+    command = next(line for line in text_of("README.md").splitlines() if line.startswith('pip install -e ".[test]"'))
     assert f"({command})" in text_of(".ci/run")
 
 
