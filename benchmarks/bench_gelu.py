@@ -37,15 +37,14 @@ def unfused(x: torch.Tensor, approximate: str) -> torch.Tensor:
 
 
 def step(op: Op, x: torch.Tensor, grad: torch.Tensor, approximate: str, train: bool) -> Callable[[], list[Any]]:
-    """One call: the result, and in training the input's gradient too."""
     if not train:
         return lambda: [op(x, approximate)]
+    x = x.detach().requires_grad_()
 
     def both() -> list[Any]:
         y = op(x, approximate)
         return [y.detach(), *torch.autograd.grad(y, x, grad)]
 
-    x = x.detach().requires_grad_()
     return both
 
 
@@ -57,13 +56,13 @@ def in_turn(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
 def measure(log: Log, name: str, ops: dict[str, Op], dry: bool, **fields: Any) -> None:
     shape, approximate, train = GEOMETRIES[name]
     shape = (1, 5, 96) if dry else shape
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cpu" if dry else "cuda"}
+    options = {"dtype": torch.bfloat16, "device": "cpu" if dry else "cuda"}
     bytes_moved = torch.Size(shape).numel() * 2 * (5 if train else 2)
     torch.manual_seed(0)
     copies = 1 if dry else 3 * L2 // bytes_moved + 2
     pairs = [(torch.randn(shape, **options), torch.randn(shape, **options)) for _ in range(copies)]
     part = slice(0, 4096)  # of each row, in float64
-    x, grad = (tensor[..., part].double() for tensor in pairs[0])
+    x, grad = (t[..., part].double() for t in pairs[0])
     exact = step(unfused, x, grad, approximate, train)()
     row: dict[str, Any] = {"name": name, "floor_us": bytes_moved / BANDWIDTH * 1e6}
     calls = {}
@@ -79,7 +78,7 @@ def measure(log: Log, name: str, ops: dict[str, Op], dry: bool, **fields: Any) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON lines are appended to this file")
-    parser.add_argument("--only", choices=GEOMETRIES, help="one geometry")
+    parser.add_argument("--only", choices=GEOMETRIES)
     parser.add_argument("--sweep", action="store_true", help="also try other blocks and numbers of warps")
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU: proves the script, measures nothing")
     given = parser.parse_args()

@@ -87,7 +87,7 @@ class MlpGelu(Pattern):
 
 def _from_linear(node: Node, readers: frozenset[Node]) -> bool:
     """Whether a value is the result of a linear layer that nothing but `readers` uses."""
-    while all(user in readers for user in node.users):
+    while all(user in readers or _reads_only_dtype(user, node) for user in node.users):
         if match_linear(node) is not None:
             return True
         call = call_of(node)
@@ -95,6 +95,12 @@ def _from_linear(node: Node, readers: frozenset[Node]) -> bool:
             return False
         node, readers = call["input"], frozenset({node})
     return False
+
+
+def _reads_only_dtype(user: Node, node: Node) -> bool:
+    """Whether `user` is `y.type_as(node)`."""
+    call = call_of(user)
+    return call is not None and call.op == "cast" and call["input"] is not node
 
 
 def _into_linears(node: Node) -> bool:
