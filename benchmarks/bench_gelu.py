@@ -79,11 +79,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON lines are appended to this file")
     parser.add_argument("--only", choices=GEOMETRIES)
-    parser.add_argument("--sweep", action="store_true", help="also try other blocks and numbers of warps")
-    parser.add_argument("--dry", action="store_true", help="tiny, on the CPU: proves the script, measures nothing")
+    for flag, text in (("--sweep", "also try other blocks and warps"), ("--dry", "tiny, on the CPU: measures nothing")):
+        parser.add_argument(flag, action="store_true", help=text)
     given = parser.parse_args()
-    log = Log(given.out)
-    chosen = (module.BLOCK, module.NUM_WARPS)
+    log, chosen = Log(given.out), (module.BLOCK, module.NUM_WARPS)
     sizes = list(itertools.product((1024, 2048, 4096, 8192), (2, 4, 8))) if given.sweep else []
     for name in [given.only] if given.only else GEOMETRIES:
         torch._dynamo.reset()
