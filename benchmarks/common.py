@@ -31,15 +31,19 @@ class Log:
                 file.write(line + "\n")
 
 
-def interleaved_ms(calls: dict[str, Callable[[], Any]], reps: int = 20, warmup: int = 3) -> dict[str, float]:
-    """Median milliseconds of each call, timed in turn with device events (the clock, without a GPU)."""
-    for call in calls.values():
-        for _ in range(warmup):
-            call()
+def interleaved_ms(
+    calls: dict[str, Callable[[], Any]], reps: int = 8, warmup: int = 3, rounds: int = 3
+) -> dict[str, float]:
+    """Median milliseconds of each call, by device events (the clock, without a GPU).
+
+    The calls take turns, `rounds` times: each is warmed up, then timed `reps` times in a row, as it is in use.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(reps):
+    for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(_once_ms(call))
+            for _ in range(warmup):
+                call()
+            times[name] += [_once_ms(call) for _ in range(reps)]
     return {name: statistics.median(found) for name, found in times.items()}
 
 

@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--out", help="JSON lines are appended to this file")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--reps", type=int, default=20)
+    parser.add_argument("--reps", type=int, default=8)
     given = parser.parse_args()
     log = Log(given.out)
     for name in given.only:

@@ -38,7 +38,7 @@ same = bool(torch.equal(found, expected))
 """
 
 _REPEATED_BLOCKS = """
-model = models.build("Wan", num_attention_heads=1, ffn_dim=32)
+model = models.build("Wan", num_layers=1, ffn_dim=32)
 inputs = models.inputs("Wan", batch=1, length=8)
 with torch.no_grad():
     expected = model(**inputs)[0]

@@ -83,6 +83,8 @@ def test_one_change_of_meaning_is_never_lost(mutation: str) -> None:
         fixed = {"norm": "rms", "norm_over": "head"}
     if mutation in ("alpha_2", "pairs_along_sequence", "mutated_inside", "alias_mutated_inside"):
         fixed = {"rotation": "cat"}
+    if mutation == "autocast_inside":  # the CPU's takes no float16
+        fixed = {"dtype": torch.float32}
 
     @examples(3)
     @given(spellings(**fixed))
