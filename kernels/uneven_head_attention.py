@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._ops import define_op, no_triton, on_device_of, tl, triton, wrap_triton
+from ._ops import INTERPRETED, define_op, no_triton, on_device_of, tl, triton, wrap_triton
 
 # The two parts of each head dim, powers of two that a matrix instruction takes.
 HEAD_DIMS = {48: (32, 16), 80: (64, 16), 96: (64, 32), 160: (128, 32)}
@@ -76,7 +76,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
     """The op in plain torch: differentiable, compilable, float64 for float64 inputs."""
-    gqa = q.shape[1] != k.shape[1]
+    gqa = bool(q.shape[1] != k.shape[1])
     out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -101,9 +101,35 @@ def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:
 
 
 @triton.jit
+def _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, j, full, length, index, log2_scale, lane1, lane2,
+            CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Takes the j-th tile of keys into account: into sums, their weights' total, and the largest score."""
+    col = tl.arange(0, BLOCK_N)
+    first = tl.minimum(j * BLOCK_N, length - BLOCK_N)
+    k += first.to(tl.int64) * k_s + col[:, None] * k_s
+    v += first.to(tl.int64) * v_s + col[:, None] * v_s
+    s = tl.dot(q1, tl.trans(tl.load(k + lane1)))
+    s = tl.dot(q2, tl.trans(tl.load(k + lane2)), s)
+    if j >= full:
+        keep = (first + col >= j * BLOCK_N)[None, :]
+        if CAUSAL:
+            keep = keep & (first + col[None, :] <= index[:, None])
+        s = tl.where(keep, s, -float("inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    shift = tl.where(new_top == -float("inf"), 0.0, new_top * log2_scale)  # no inf - inf before the first score
+    p = tl.exp2(s * log2_scale - shift[:, None])
+    decay = tl.exp2(top * log2_scale - shift)
+    total = total * decay + tl.sum(p, 1)
+    p = p.to(v.dtype.element_ty)
+    acc1 = tl.dot(p, tl.load(v + lane1), acc1 * decay[:, None])
+    acc2 = tl.dot(p, tl.load(v + lane2), acc2 * decay[:, None])
+    return acc1, acc2, new_top, total
+
+
+@triton.jit
 def _kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, batch, q_length, length, log2_scale,
             H: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, CAUSAL: tl.constexpr,
-            WAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+            WAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     program = tl.program_id(0)
     tiles = tl.cdiv(q_length, BLOCK_M)
     if WAVE:  # turn every other WAVE of programs round: an SM that began with long work goes on with short work
@@ -114,7 +140,7 @@ def _kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, batch, q_
     b = (program % (batch * H) // H).to(tl.int64)
     h = (program % H).to(tl.int64)
     lane1, lane2 = tl.arange(0, D1)[None, :], D1 + tl.arange(0, D2)[None, :]
-    row, col = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    row = tl.arange(0, BLOCK_M)
     index = tile * BLOCK_M + row
     exists = (index < q_length)[:, None]
 
@@ -131,26 +157,16 @@ def _kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, batch, q_
     if CAUSAL:
         full = tile * BLOCK_M // BLOCK_N
         end = tl.cdiv(tl.minimum((tile + 1) * BLOCK_M, length), BLOCK_N)
-    for j in tl.range(0, end):
-        first = tl.minimum(j * BLOCK_N, length - BLOCK_N)
-        k_tile = k + first.to(tl.int64) * k_s + col[:, None] * k_s
-        v_tile = v + first.to(tl.int64) * v_s + col[:, None] * v_s
-        s = tl.dot(q1, tl.trans(tl.load(k_tile + lane1)))
-        s = tl.dot(q2, tl.trans(tl.load(k_tile + lane2)), s)
-        if j >= full:
-            keep = (first + col >= j * BLOCK_N)[None, :]
-            if CAUSAL:
-                keep = keep & (first + col[None, :] <= index[:, None])
-            s = tl.where(keep, s, -float("inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shift = tl.where(new_top == -float("inf"), 0.0, new_top * log2_scale)  # no inf - inf before the first score
-        p = tl.exp2(s * log2_scale - shift[:, None])
-        decay = tl.exp2(top * log2_scale - shift)
-        total = total * decay + tl.sum(p, 1)
-        top = new_top
-        p = p.to(v.dtype.element_ty)
-        acc1 = tl.dot(p, tl.load(v_tile + lane1), acc1 * decay[:, None])
-        acc2 = tl.dot(p, tl.load(v_tile + lane2), acc2 * decay[:, None])
+    if INTERPRET:  # `while` is not pipelined, but Triton 3.6's interpreter cannot take a range's bounds from NumPy 2.5
+        j = 0
+        while j < end:
+            acc1, acc2, top, total = _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, j, full, length, index,
+                                             log2_scale, lane1, lane2, CAUSAL, BLOCK_N)  # fmt: skip
+            j += 1
+    else:
+        for j in tl.range(0, end):
+            acc1, acc2, top, total = _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, j, full, length, index,
+                                             log2_scale, lane1, lane2, CAUSAL, BLOCK_N)  # fmt: skip
 
     inverse = (1.0 / total)[:, None]
     out += ((b * q_length + tile * BLOCK_M) * H + h) * (D1 + D2)
@@ -178,7 +194,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
             q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], out,
             batch, length, k.shape[2], scale * math.log2(math.e),
             H=int(heads), GROUP=int(heads) // int(k.shape[1]), D1=HEAD_DIMS[int(dim)][0], D2=HEAD_DIMS[int(dim)][1],
-            CAUSAL=is_causal, WAVE=config.wave, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            CAUSAL=is_causal, WAVE=config.wave, BLOCK_M=config.block_m, BLOCK_N=config.block_n, INTERPRET=INTERPRETED,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out

@@ -759,7 +759,7 @@ def test_one_dynamic_graph_serves_all_shapes() -> None:
 
     rewriter = Rewriter()
     compiled = rewritten(model, rewriter, dynamic=True)
-    for batch, length in ((2, 5), (3, 9), (4, 2)):
+    for batch, length in ((3, 5), (4, 9), (6, 7)):  # none is equal to another size
         args = (*(x.detach().flatten(2) for x in qkv(batch=batch, length=length)), *tables(length))
         torch.testing.assert_close(compiled(*args), model(*args))
     assert len(rewriter.report.graphs) == 1

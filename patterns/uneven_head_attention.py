@@ -1,0 +1,208 @@
+"""Attention whose head dim is no power of two, by a kernel that does not pad it.
+
+Before: scaled_dot_product_attention(q, k, v, is_causal=True)        # head_dim 80: computed as 128 lanes
+After:  torch_fuse.uneven_head_attention(q, k, v, True, scale)       # 64 + 16 lanes
+
+For Pythia-2.8B and other GPT-NeoX models, Phi-2, StableLM and others: head_dim 48, 80, 96 or 160, inference
+only. Repeated key and value heads (grouped-query attention) are read unrepeated.
+Wins on CUDA from Hopper on, in bfloat16 and float16, causal and from some length on; measured nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from torch_fuse._compat import no_guards
+from torch_fuse.graph.attention import expanded_heads
+from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor
+from torch_fuse.kernels import uneven_head_attention
+from torch_fuse.options import Options
+from torch_fuse.rewrite.builder import Builder
+from torch_fuse.rewrite.pattern import Example, Match, Pattern
+from torch_fuse.rewrite.registry import register
+from torch_fuse.rewrite.view import GraphView
+
+# Shorter sequences than this, and the tiles do not fill the GPU.
+MIN_LENGTH = 512
+
+
+@register
+class UnevenHeadAttention(Pattern):
+    """Attention whose head dim is no power of two, without padding it to the next one."""
+
+    name = "uneven_head_attention"
+    kind = "attention"
+    op = "torch_fuse::uneven_head_attention"
+
+    def match(self, view: GraphView, anchor: Node) -> Match | None:
+        attention = view.attentions[anchor]
+        plain = attention.mask is None and attention.dropout_p == 0 and not attention.written_out
+        if not plain or attention.is_causal not in (True, False):
+            return None
+        query, key, value = attention.query, attention.key, attention.value
+        if not _same_kind(query, key, value):
+            return None
+        q = tensor(query)
+        assert q is not None
+        dim, heads = (static_int(q.shape[i]) for i in (3, 1))
+        scale = dim**-0.5 if dim and attention.scale is None else attention.scale
+        if dim not in uneven_head_attention.HEAD_DIMS or heads is None or not isinstance(scale, (int, float)):
+            return None
+        (key, key_nodes), (value, value_nodes) = _unrepeated(key), _unrepeated(value)
+        if not _same_shapes(key, value):
+            key, value, key_nodes, value_nodes = attention.key, attention.value, set(), set()
+        if not _fits(query, key, value, heads, attention.is_causal):
+            return None
+        arguments = (query, key, value, attention.is_causal, float(scale))
+        region = frozenset({anchor, *key_nodes, *value_nodes})
+        note = f"head_dim {dim} as {' + '.join(map(str, uneven_head_attention.HEAD_DIMS[dim]))}"
+        bindings = {"arguments": arguments, "fake_mode": view.fake_mode}
+        return Match(anchor, bindings, (anchor,), region, (query, key, value), note)
+
+    def check(self, match: Match, options: Options) -> str | None:
+        if options.kernels == "reference":
+            return None
+        *nodes, is_causal, scale = match.bindings["arguments"]
+        q, k, v = (tensor(node) for node in nodes)
+        assert q is not None and k is not None and v is not None
+        with no_guards(match.bindings["fake_mode"]):
+            reason = uneven_head_attention.supports(q, k, v, is_causal, scale)
+        if reason is not None:
+            return f"the kernel cannot run: {reason}"
+        if q.device.type == "cuda":
+            capability = torch.cuda.get_device_capability(q.device)
+            if torch.version.hip is not None or capability < (9, 0):
+                return "the GPU is older than Hopper (compute capability 9.0), where the kernel was measured"
+        length = size_hint(q.shape[2], MIN_LENGTH)
+        if length < MIN_LENGTH:
+            return f"{length} queries: bound by the launch; it pays from {MIN_LENGTH} on"
+        return None if is_causal else "not causal, where the kernel was not measured"
+
+    def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
+        op = uneven_head_attention
+        target = op.reference if options.kernels == "reference" else op.uneven_head_attention
+        return {match.anchor: builder.call(target, *match.bindings["arguments"])}
+
+    def spellings(self) -> Iterator[Example]:
+        yield Example("causal", _example(lambda q, k, v: _sdpa(q, k, v, is_causal=True)))
+        yield Example("all_keys", _example(_sdpa, keys=5))
+        yield Example("own_scale", _example(lambda q, k, v: _sdpa(q, k, v, is_causal=True, scale=0.3), dim=48))
+        yield Example("enable_gqa", _example(lambda q, k, v: _sdpa(q, k, v, is_causal=True, enable_gqa=True), kv=2))
+        yield Example("repeated_by_expand", _example(_repeated_by_expand, kv=2))
+        yield Example("repeat_interleave", _example(_repeat_interleave, kv=2))
+        yield Example("gradients_off", _example(_without_gradients, grad=True))
+
+    def near_misses(self) -> Iterator[Example]:
+        yield Example("power_of_two", _example(_sdpa, dim=64), fuses=False)
+        yield Example("gradients", _example(_sdpa, grad=True), fuses=False)
+        yield Example("masked", _example(_masked), fuses=False)
+        yield Example("causal_with_fewer_keys", _example(lambda q, k, v: _sdpa(q, k, v, is_causal=True), keys=5), False)
+        yield Example("heads_in_other_order", _example(_tiled, kv=2), fuses=False)
+        yield Example("heads_permuted", _example(_permuted, kv=2), fuses=False)
+        yield Example("repeated_unevenly", _example(_unevenly, kv=2), fuses=False)
+
+
+def _same_kind(*nodes: Node) -> bool:
+    """Whether all are four-dimensional, of one dtype and batch, and need no gradient."""
+    found = [tensor(node) for node in nodes]
+    first = found[0]
+    return first is not None and all(
+        x is not None and x.dim() == 4 and x.dtype == first.dtype and equal(x.shape[0], first.shape[0])
+        and not x.requires_grad for x in found
+    )  # fmt: skip
+
+
+def _same_shapes(a: Node, b: Node) -> bool:
+    x, y = tensor(a), tensor(b)
+    return x is not None and y is not None and same_shape(x.shape, y.shape)
+
+
+def _fits(query: Node, key: Node, value: Node, heads: int, is_causal: bool) -> bool:
+    """Whether shapes are known to be what the op takes."""
+    q, k, v = tensor(query), tensor(key), tensor(value)
+    assert q is not None and k is not None and v is not None
+    kv_heads = static_int(k.shape[1])
+    if not kv_heads or heads % kv_heads or not same_shape(k.shape, v.shape) or not equal(k.shape[3], q.shape[3]):
+        return False
+    return not is_causal or equal(q.shape[2], k.shape[2])
+
+
+def _unrepeated(node: Node) -> tuple[Node, set[Node]]:
+    """Key or value heads before their repetition, where each is proven to be repeated equally often, in order."""
+    source, nodes = expanded_heads(node)
+    before, after = tensor(source), tensor(node)
+    if not nodes or before is None or after is None or before.dim() != 4:
+        return node, set()
+    same = equal(before.shape[0], after.shape[0]) and same_shape(before.shape[2:], after.shape[2:])
+    return (source, nodes) if same and all(_regular(x) for x in nodes) else (node, set())
+
+
+def _regular(node: Node) -> bool:
+    call = call_of(node)
+    if call is None:
+        return False
+    if call.op == "repeat_interleave":
+        return isinstance(call["repeats"], int)
+    if call.op == "getitem":
+        index = call["index"] if isinstance(call["index"], tuple) else (call["index"],)
+        return all(i is None or i is Ellipsis or i == slice(None) for i in index)
+    return not call.inplace
+
+
+# -- examples ------------------------------------------------------------------------------------------------------
+
+_sdpa = F.scaled_dot_product_attention
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _example(attention: Callable[..., torch.Tensor], dim: int = 80, kv: int = 4, keys: int = 9, grad: bool = False):  # type: ignore[no-untyped-def]
+    def make(dtype: torch.dtype) -> tuple[Callable[..., Any], Tensors]:
+        def random(heads: int, length: int) -> torch.Tensor:
+            x = torch.randn(2, length, heads, 2 * dim, dtype=dtype)[..., dim:].transpose(1, 2)
+            return x.detach().requires_grad_(grad)
+
+        return attention, (random(4, 9), random(kv, keys), random(kv, keys))
+
+    return make
+
+
+def _repeated_by_expand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    b, h, s, d = k.shape
+    k, v = (x[:, :, None, :, :].expand(b, h, 2, s, d).reshape(b, 2 * h, s, d) for x in (k, v))
+    return _sdpa(q, k, v, is_causal=True)
+
+
+def _repeat_interleave(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return _sdpa(q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1), is_causal=True)
+
+
+def _without_gradients(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return _sdpa(q * 2, k * 2, v * 2, is_causal=True)
+
+
+def _masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return _sdpa(q, k, v, attn_mask=q[..., 0, 0, None, None] > k[..., None, :, 0])
+
+
+def _tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return _sdpa(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), is_causal=True)
+
+
+def _permuted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    b, h, s, d = k.shape
+    order = torch.arange(h - 1, -1, -1, device=k.device)
+    k, v = (x[:, order, None].expand(b, h, 2, s, d).reshape(b, 2 * h, s, d) for x in (k, v))
+    return _sdpa(q, k, v, is_causal=True)
+
+
+def _unevenly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    repeats = torch.tensor([1, 3], device=k.device)
+    k, v = (x.repeat_interleave(repeats, dim=1, output_size=4) for x in (k, v))
+    return _sdpa(q, k, v, is_causal=True)
