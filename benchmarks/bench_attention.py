@@ -23,7 +23,7 @@ op = importlib.import_module("torch_fuse.kernels.uneven_head_attention")
 
 SHAPES = [(1, 2048, 32, 80), (4, 1024, 32, 80), (1, 8192, 32, 80), (1, 2048, 32, 96), (1, 4096, 12, 48),
           (1, 2048, 16, 160)]  # fmt: skip
-BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}  # flash sets the error allowed
 TILES = [(64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (64, 32, 4), (128, 64, 4), (128, 32, 8)]
 INNER = 8  # calls in one CUDA graph
 

@@ -11,7 +11,7 @@ that the short ones fill the end. Only tiles on the diagonal and the last one ar
 length starts earlier and masks the keys it has seen, so that no load needs a mask.
 
 - q [B, H, S_q, D]; k, v [B, H_kv, S_k, D], H a multiple of H_kv: each key head serves H / H_kv query heads.
-  bfloat16 and float16 on a GPU, D in `HEAD_DIMS`, at least `BLOCK_N` keys, last stride 1 and other strides as they are
+  bfloat16 and float16 on a GPU, D in `HEAD_DIMS`, at least 64 keys, last stride 1 and other strides as they are
   (views into a projection); the rest is left to `torch.nn.functional.scaled_dot_product_attention`.
 - is_causal: query i attends to keys 0 to i; needs S_q == S_k.
 - scale: factor of the scores.
@@ -36,14 +36,13 @@ from ._ops import INTERPRETED, define_op, no_triton, on_device_of, tl, triton, w
 # The two parts of each head dim, powers of two that a matrix instruction takes.
 HEAD_DIMS = {48: (32, 16), 80: (64, 16), 96: (64, 32), 160: (128, 32)}
 DTYPES = (torch.bfloat16, torch.float16)
-BLOCK_N = 64
 
 
 class Config(NamedTuple):
     """A tile of queries, a tile of keys, and how they are run; benchmarks/bench_attention.py --sweep tries others."""
 
     block_m: int = 64
-    block_n: int = BLOCK_N
+    block_n: int = 64
     num_warps: int = 4
     num_stages: int = 3
     wave: int = 0
@@ -64,8 +63,9 @@ def supports(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
         return f"head_dim is {q.shape[3]}; allowed: {', '.join(map(str, HEAD_DIMS))}"
     if not 0 < scale < math.inf:
         return f"scale is {scale}; allowed: positive numbers"
-    if k.shape[2] < BLOCK_N:
-        return f"there are {k.shape[2]} keys; allowed: {BLOCK_N} and more"
+    block_n = CONFIGS[int(q.shape[3])].block_n
+    if k.shape[2] < block_n:
+        return f"there are {k.shape[2]} keys; allowed: {block_n} and more"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(3) != 1:
             return f"{name}.stride(3) is {x.stride(3)}; allowed: 1"
@@ -117,7 +117,7 @@ def _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, j, full, length, ind
         s = tl.where(keep, s, -float("inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top * log2_scale)  # no inf - inf before the first score
-    p = tl.exp2(s * log2_scale - shift[:, None])
+    p = tl.exp2(tl.fma(s, log2_scale, -shift[:, None]))  # one rounding: large scores lose nothing
     decay = tl.exp2(top * log2_scale - shift)
     total = total * decay + tl.sum(p, 1)
     p = p.to(v.dtype.element_ty)
@@ -176,14 +176,15 @@ def _kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, batch, q_
 
 
 def _output(q: Tensor) -> Tensor:
+    """The result's memory [B, S_q, H, D]. The kernel gets this, no view: Inductor would copy a view that is written."""
     batch, heads, length, dim = q.shape
-    return q.new_empty(batch, length, heads, dim).transpose(1, 2)
+    return q.new_empty(batch, length, heads, dim)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
     _check(q, k, v, is_causal)
     if q.numel() == 0:
-        return _output(q)
+        return _output(q).transpose(1, 2)
     if supports(q, k, v, is_causal, scale) is not None:
         return reference(q, k, v, is_causal, scale)
     out = _output(q)
@@ -197,7 +198,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
             CAUSAL=is_causal, WAVE=config.wave, BLOCK_M=config.block_m, BLOCK_N=config.block_n, INTERPRET=INTERPRETED,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return out
+    return out.transpose(1, 2)
 
 
 uneven_head_attention = define_op("torch_fuse::uneven_head_attention", _forward)
@@ -206,7 +207,7 @@ uneven_head_attention = define_op("torch_fuse::uneven_head_attention", _forward)
 @uneven_head_attention.register_fake
 def _fake(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
     _check(q, k, v, is_causal)
-    return _output(q)
+    return _output(q).transpose(1, 2)
 
 
 def _no_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -11,7 +11,6 @@ Wins on CUDA from Hopper on, in bfloat16 and float16, causal and from some lengt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -158,11 +157,14 @@ def _regular(node: Node) -> bool:
 # -- examples ------------------------------------------------------------------------------------------------------
 
 _sdpa = F.scaled_dot_product_attention
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Attend = Callable[..., torch.Tensor]
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _example(attention: Callable[..., torch.Tensor], dim: int = 80, kv: int = 4, keys: int = 9, grad: bool = False):  # type: ignore[no-untyped-def]
-    def make(dtype: torch.dtype) -> tuple[Callable[..., Any], Tensors]:
+def _example(
+    attention: Attend, dim: int = 80, kv: int = 4, keys: int = 9, grad: bool = False
+) -> Callable[[torch.dtype], tuple[Attend, Inputs]]:
+    def make(dtype: torch.dtype) -> tuple[Attend, Inputs]:
         def random(heads: int, length: int) -> torch.Tensor:
             x = torch.randn(2, length, heads, 2 * dim, dtype=dtype)[..., dim:].transpose(1, 2)
             return x.detach().requires_grad_(grad)
