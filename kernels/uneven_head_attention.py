@@ -48,7 +48,7 @@ class Config(NamedTuple):
     wave: int = 0
 
 
-# Three programs an SM by registers and shared memory (D = 160: two), so that one's products hide another's softmax.
+# Two to four programs an SM by registers and shared memory, so that one's products hide another's softmax.
 CONFIGS = {48: Config(), 80: Config(), 96: Config(), 160: Config(num_stages=2)}
 
 
@@ -130,6 +130,7 @@ def _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, j, full, length, ind
 def _kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, batch, q_length, length, log2_scale,
             H: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, CAUSAL: tl.constexpr,
             WAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    log2_scale = tl.cast(log2_scale, tl.float32)  # Inductor passes Python floats as float64
     program = tl.program_id(0)
     tiles = tl.cdiv(q_length, BLOCK_M)
     if WAVE:  # turn every other WAVE of programs round: an SM that began with long work goes on with short work

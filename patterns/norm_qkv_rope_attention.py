@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Node, map_arg
 
 from torch_fuse.graph.attention import expanded_heads
 from torch_fuse.graph.cache import appended
+from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.heads import Axes, Heads, match_heads
 from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.values import equal, same_value, size_hint, static_int, tensor
+from torch_fuse.graph.values import equal, size_hint, static_int, tensor
 from torch_fuse.kernels import qk_norm_rope
 from torch_fuse.options import Options
 from torch_fuse.rewrite.builder import Builder
@@ -52,7 +53,7 @@ class NormQkvRopeAttention(Pattern):
         key = match_heads(appended(unrepeated, view.order, anchor), view.order, view.fake_mode, known)
         if query.rope is None and key.rope is None:
             return None
-        _check_same_rope(query, key)
+        _check_same_rope(query, key, view)
         if not _same_norm(query, key):
             query, key = query.without_norm(), key.without_norm()
         assert query.rope is not None and key.rope is not None
@@ -120,14 +121,14 @@ class NormQkvRopeAttention(Pattern):
         return _rope_examples.near_misses()
 
 
-def _check_same_rope(query: Heads, key: Heads) -> None:
+def _check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
     q, k = query.rope, key.rope
     if q is None or k is None:
         raise Miss(f"only the {'key' if q is None else 'query'} is rotated", query.result)
     same = (q.head_dim, q.rotary_dim, q.interleaved, q.cos_lanes, q.sin_lanes) == (
         k.head_dim, k.rotary_dim, k.interleaved, k.cos_lanes, k.sin_lanes,
     )  # fmt: skip
-    if not (same and same_value(q.cos, k.cos) and same_value(q.sin, k.sin)):
+    if not (same and view.order.same_value(q.cos, k.cos) and view.order.same_value(q.sin, k.sin)):
         raise Miss("query and key are rotated differently", query.result)
     a, b = _sizes(query), _sizes(key)
     if not (equal(a[0], b[0]) and equal(a[2], b[2])):
@@ -138,8 +139,14 @@ def _check_same_rope(query: Heads, key: Heads) -> None:
         raise Miss("query and key have different dtypes", key.result)
     if tensor(query.source).dtype != tensor(key.source).dtype:  # type: ignore[union-attr]
         raise Miss("query and key are projected to different dtypes", key.result)
+    if tensor(query.source).dtype != torch.float64 and torch.float64 in _dtypes(query.result, q.cos, q.sin):  # type: ignore[union-attr]
+        raise Miss("it is computed in float64 from lower precision", query.result)
     _check_table_axes(q.cos, query)
     _check_table_axes(q.sin, query)
+
+
+def _dtypes(*nodes: Node) -> list[torch.dtype]:
+    return [tensor(node).dtype for node in nodes]  # type: ignore[union-attr]
 
 
 def _same_norm(query: Heads, key: Heads) -> bool:
@@ -209,9 +216,11 @@ def _emit_heads(heads: Heads, builder: Builder) -> Node:
 
 
 def _emit_view(view: Node, source: Node, builder: Builder) -> Node:
-    args = [source if arg is view.args[0] else arg for arg in view.args]
+    call = call_of(view)
+    assert call is not None
+    args, kwargs = map_arg((view.args, view.kwargs), lambda node: source if node is call["input"] else node)
     target = "reshape" if view.target == "view" else view.target
-    return builder.call(target, *args, **view.kwargs)
+    return builder.call(target, *args, **kwargs)
 
 
 def _emit_weight(heads: Heads, builder: Builder) -> Node | None:

@@ -165,6 +165,19 @@ def test_a_failing_pattern_raises_when_asked_to(inductor_is_eager, broken_patter
         torch.compile(causal, backend="fuse", options={"on_error": "raise"})(*qkv())
 
 
+def test_a_fused_graph_that_does_not_compile_is_compiled_unfused(inductor_is_eager, monkeypatch):
+    def compile_unfused_only(gm, example_inputs, patches):
+        if any(node.kwargs.get("is_causal") for node in gm.graph.nodes):
+            raise RuntimeError("no such kernel")
+        return gm.forward
+
+    monkeypatch.setattr("torch_fuse.backend.compile_with_inductor", compile_unfused_only)
+    inputs = qkv()
+    with pytest.warns(UserWarning, match="no such kernel"):
+        torch.testing.assert_close(torch.compile(causal, backend="fuse")(*inputs), causal(*inputs))
+    assert "no such kernel" in torch_fuse.reports().to_dict()["errors"][0]
+
+
 def test_dynamic_lengths_are_proven_once(inductor_is_eager):
     compiled = torch.compile(causal, backend="fuse")
     for length in (5, 6, 9):

@@ -70,7 +70,14 @@ def fuse(
     if checked.verify == "first_call" and outcome.original is not None:
         unfused = compiled(outcome.original)
         return verified(outcome.gm, outcome.original, compiled(outcome.gm), unfused)
-    return compiled(outcome.gm)
+    try:
+        return compiled(outcome.gm)
+    except Exception as error:
+        if checked.on_error == "raise" or outcome.original is None:
+            raise
+        outcome.report.error = f"{type(error).__name__}: {error}"
+        _warn_once(f"torch_fuse compiled a graph unfused, because compiling it fused failed: {outcome.report.error}")
+        return compiled(outcome.original)
 
 
 def _rewritten(gm: GraphModule, options: Options) -> Outcome:
@@ -80,11 +87,15 @@ def _rewritten(gm: GraphModule, options: Options) -> Outcome:
         if options.on_error == "raise":
             raise
         reason = f"{type(error).__name__}: {error}"
-        if reason not in _warned:
-            _warned.add(reason)
-            warnings.warn(f"torch_fuse left a graph as it was, because rewriting it failed: {reason}", stacklevel=2)
+        _warn_once(f"torch_fuse left a graph as it was, because rewriting it failed: {reason}")
         _log.debug("rewriting failed", exc_info=True)
         return Outcome(gm, None, GraphReport(error=reason))
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
 
 
 def _announce(graph: GraphReport) -> None:

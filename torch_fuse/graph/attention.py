@@ -135,7 +135,7 @@ def expanded_heads(node: Node) -> tuple[Node, set[Node]]:
     call = call_of(node)
     if result is None or result.dim() != 4 or call is None:
         return node, set()
-    if call.op == "repeat_interleave" and call["dim"] in (1, -3):
+    if call.op == "repeat_interleave" and call["dim"] in (1, -3) and isinstance(call["repeats"], int):
         return call["input"], {node}
     if call.op not in ("reshape", "flatten", "contiguous", "view"):
         return node, set()
@@ -148,7 +148,11 @@ def expanded_heads(node: Node) -> tuple[Node, set[Node]]:
     unsqueezed = call_of(expand["input"])
     if single is None or single.dim() != 5 or static_int(single.shape[2]) != 1 or unsqueezed is None:
         return node, set()
-    if unsqueezed.op not in ("unsqueeze", "getitem"):
+    if unsqueezed.op == "getitem":
+        index = unsqueezed["index"]
+        if not isinstance(index, tuple) or any(part not in (None, Ellipsis, slice(None)) for part in index):
+            return node, set()
+    elif unsqueezed.op != "unsqueeze":
         return node, set()
     source = unsqueezed["input"]
     found = tensor(source)

@@ -234,6 +234,14 @@ def _method(name: str) -> tuple[str | None, bool, bool]:
     return op, False, False
 
 
+def _changes_meaning(op: str, bound: Mapping[str, Any]) -> bool:
+    """Whether an argument makes it another operator: a division that rounds, a view as another dtype."""
+    if op == "div":
+        return bound["rounding_mode"] is not None
+    size = bound.get("size")
+    return op == "view" and any(isinstance(s, torch.dtype) for s in (size if isinstance(size, tuple) else (size,)))
+
+
 def call_of(node: Any) -> Call | None:
     """The canonical call of `node`; None for inputs, constants and everything that is not understood."""
     if not isinstance(node, Node) or node.op not in ("call_function", "call_method"):
@@ -247,9 +255,10 @@ def call_of(node: Any) -> Call | None:
             args = (args[1], args[0])
         if op == "softmax":
             args = (*args[:2], 3, *args[2:])
-    elif isinstance(target, torch._ops.OpOverload):
-        if target.namespace == "aten":
-            op = target._opname if target._opname in _signatures() else None
+    elif isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        namespace, _, name = str(target).partition(".")
+        name = name.partition(".")[0]
+        op = name if namespace == "aten" and name in _signatures() else None
     elif callable(target):
         try:
             op = _functions().get(target)
@@ -262,6 +271,6 @@ def call_of(node: Any) -> Call | None:
     if op == "cast":
         return Call(op, {"input": args[0]}) if args else None
     bound = _signatures()[op].bind(args, node.kwargs)
-    if bound is None:
+    if bound is None or _changes_meaning(op, bound):
         return None
     return Call(op, bound, inplace or bound.get("inplace") is True)

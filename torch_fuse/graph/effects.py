@@ -7,14 +7,15 @@ import operator
 from collections.abc import Collection, Iterable
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import storages
 
-# Higher-order operators whose bodies Dynamo has checked to be free of mutations of their arguments.
-_PURE_REGIONS = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
+# Higher-order operators that do nothing but run their body.
+_REGIONS = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 _IN_PLACE_OPERATORS = {
     getattr(operator, name)
     for name in (
@@ -28,17 +29,17 @@ def mutated(node: Node) -> list[Node]:
     """The nodes whose tensors `node` writes to; for an operator that is not understood, all its arguments."""
     arguments = node.all_input_nodes
     if node.op == "call_method":
-        return arguments[:1] if _writes_by_name(str(node.target)) else []
+        return _first(node) if _writes_by_name(str(node.target)) else []
     if node.op == "call_module":
         return arguments
     if node.op != "call_function":
         return []
     target = node.target
     if target in _IN_PLACE_OPERATORS:
-        return arguments[:1]
+        return _first(node)
     written = _nodes(node.kwargs.get("out"))
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return [] if target.name() in _PURE_REGIONS else arguments
+        return [] if target.name() in _REGIONS and not _body_writes(node) else arguments
     if isinstance(target, torch._ops.OpOverloadPacket):
         target = target.default if hasattr(target, "default") else target
     if isinstance(target, torch._ops.OpOverload):
@@ -51,8 +52,19 @@ def mutated(node: Node) -> list[Node]:
     if getattr(target, "__module__", "") == "_operator":  # and_, or_ and not_ only look like it
         return written
     if _writes_by_name(name):
-        return [*written, *arguments[:1]]
-    return [*written, *arguments[:1]] if _asks_in_place(node) else written
+        return [*written, *_first(node)]
+    return [*written, *_first(node)] if _asks_in_place(node) else written
+
+
+def _first(node: Node) -> list[Node]:
+    """The tensors of the first argument, which may be a list (`torch._foreach_mul_`)."""
+    return _nodes(node.args[0] if node.args else next(iter(node.kwargs.values()), None))
+
+
+def _body_writes(node: Node) -> bool:
+    owner = node.graph.owning_module
+    bodies = [getattr(owner, str(a.target), None) for a in node.all_input_nodes if a.op == "get_attr"]
+    return any(mutated(inner) for body in bodies if isinstance(body, GraphModule) for inner in body.graph.nodes)
 
 
 def _writes_by_name(name: str) -> bool:
@@ -103,6 +115,22 @@ class Order:
                 self._storages[node] = storages(node)
         return set().union(*(self._storages[node] for node in nodes))
 
+    def same_value(self, a: object, b: object) -> bool:
+        """Whether two nodes have the same value: the same node, or the same operators on the same values.
+
+        Random operators never have, nor what reads something that is written to.
+        """
+        read: list[Node] = []
+        if a is b:
+            return True
+        if not (isinstance(a, Node) and isinstance(b, Node) and _same(a, b, 8, read)):
+            return False
+        try:
+            self.check_unwritten(read, max(self.index[a], self.index[b]))
+        except Miss:
+            return False
+        return True
+
     def between(self, nodes: Iterable[Node], first: int, last: int) -> list[Node]:
         """Those of `nodes` that stand strictly between two positions."""
         return [node for node in nodes if first < self.index[node] < last]
@@ -130,3 +158,19 @@ class Order:
         for node in self.writers:
             if self.index[node] < at and read & self._aliases(mutated(node)):
                 raise Miss(f"{node.name} writes in place to it", node)
+
+
+def _same(a: object, b: object, depth: int, read: list[Node]) -> bool:
+    """Whether two arguments are structurally equal; the nodes compared are added to `read`."""
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y, depth, read) for x, y in zip(a, b, strict=True))
+    if not (isinstance(a, Node) and isinstance(b, Node)):
+        return type(a) is type(b) and a == b
+    read += [a, b]
+    if a is b:
+        return True
+    call = call_of(a)
+    if depth == 0 or call is None or call.inplace or call.op in ("dropout", "empty_like"):
+        return False
+    first, second = ((n.args, tuple(sorted(n.kwargs.items()))) for n in (a, b))
+    return a.op == b.op and a.target == b.target and _same(first, second, depth - 1, read)

@@ -26,6 +26,8 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "floordiv": lambda a, b: sympy.floor(a / b),
 }
 _LOGIC: dict[str, Callable[..., Any]] = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor}
+# Types that hold every index exactly; smaller ones wrap or round.
+_EXACT = {torch.bool, torch.int32, torch.int64, torch.float32, torch.float64}
 _CONSTANTS = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
 
 
@@ -71,7 +73,14 @@ class IndexTrace:
             if found is None:
                 raise Miss(f"{node} is not a tensor", node if isinstance(node, Node) else None)
             self.nodes.add(node)
-            self._memo[node] = self._element(node, found)
+            element = self._element(node, found)
+            if (
+                found.dtype not in _EXACT
+                and element.free_symbols & set(DIM)
+                and not isinstance(element, sympy.Piecewise)
+            ):
+                raise Miss(f"the mask is computed with indices in {found.dtype}, which may wrap or round", node)
+            self._memo[node] = element
         return self._memo[node]
 
     def _element(self, node: Node, found: torch.Tensor) -> Any:
@@ -174,7 +183,7 @@ class IndexTrace:
         assert source is not None
         if found.dtype == torch.bool and source.dtype != torch.bool:
             if isinstance(element, sympy.Piecewise):
-                raise Miss("the mask casts a chosen number to bool", node)
+                return self._of_choices(node, "ne", element, sympy.Integer(0))
             return sympy.Ne(element, 0)
         if source.dtype == torch.bool and found.dtype != torch.bool:
             return sympy.Piecewise((sympy.Integer(1), element), (sympy.Integer(0), True))
@@ -195,9 +204,12 @@ class IndexTrace:
 
     def _where(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         condition = self._operand(call["condition"], found)
-        return sympy.Piecewise(
-            (self._operand(call["input"], found), condition), (self._operand(call["other"], found), True)
-        )
+        chosen, other = self._operand(call["input"], found), self._operand(call["other"], found)
+        if _is_bool(chosen) and _is_bool(other):
+            return sympy.Or(sympy.And(condition, chosen), sympy.And(sympy.Not(condition), other))
+        if _is_bool(chosen) or _is_bool(other):
+            raise Miss("the mask chooses between a boolean and a number", node)
+        return sympy.Piecewise((chosen, condition), (other, True))
 
     def _masked_fill(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         condition = self._operand(call["mask"], found)

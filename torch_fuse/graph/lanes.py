@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch_fuse.graph.calls import Call, call_of
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.values import same_shape, static_int, tensor, value
+from torch_fuse.graph.values import keeps_reals, same_shape, static_int, tensor, value
 
 _UNWRITTEN = -1
 _LEAF = 1 << 20  # a reference is (leaf number + 1) * _LEAF + lane; 0 stands for the factor 1
@@ -124,9 +124,7 @@ class LaneTrace:
 
     def _cast(self, source: Any, node: Node, rank: int) -> Lanes | None:
         found, result = tensor(source), tensor(node)
-        if found is None or result is None or not found.dtype.is_floating_point:
-            return None
-        if not result.dtype.is_floating_point or found.device != result.device:
+        if found is None or result is None or not keeps_reals(found, result):
             return None
         return self.trace(source, rank)
 

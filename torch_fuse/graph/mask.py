@@ -63,6 +63,8 @@ def _keep_condition(element: sympy.Basic, found: torch.Tensor, node: Node) -> sy
     for value, condition in branches:
         here = sympy.And(condition, sympy.Not(taken))
         taken = sympy.Or(taken, condition)
+        if value.has(sympy.nan):
+            raise Miss("the mask adds NaN to scores", node)
         if value == 0:
             keep = sympy.Or(keep, here)
         elif not _excludes(value, found.dtype):

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch.fx import Node
 
 from torch_fuse.graph.calls import Call, call_of
-from torch_fuse.graph.values import equal, static_int, tensor
+from torch_fuse.graph.values import equal, keeps_reals, static_int, tensor, value
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Norm:
         input: what is normalised, before any cast inside the norm.
         weight: the weight, or None; it may have more than one dimension (one for each head, say).
         bias: the bias, or None.
-        eps: the epsilon under the square root; None when the call leaves it to PyTorch.
+        eps: the epsilon under the square root; None when it is PyTorch's default or not a constant.
         weight_offset: 1.0 where the norm multiplies by 1 + weight.
         nodes: all nodes from the input to the result.
     """
@@ -57,9 +58,7 @@ def strip_casts(node: Any, seen: set[Node] | None = None) -> Any:
         if call is None or call.op != "cast" or call.inplace:
             return node
         before, after = tensor(call["input"]), tensor(node)
-        if before is None or after is None or before.device != after.device:
-            return node
-        if not (before.dtype.is_floating_point and after.dtype.is_floating_point):
+        if before is None or after is None or not keeps_reals(before, after):
             return node
         if seen is not None:
             seen.add(node)
@@ -71,8 +70,8 @@ def _called(node: Node, call: Call) -> Norm | None:
     if not isinstance(call["input"], Node) or not isinstance(shape, (tuple, list)) or len(shape) != 1:
         return None
     eps = call["eps"]
-    if eps is not None and not isinstance(eps, (int, float)):
-        return None
+    if not isinstance(eps, (int, float)):
+        eps = None
     seen = {node}
     source = strip_casts(call["input"], seen)
     kind: Literal["rms", "layer"] = "layer" if call.op == "layer_norm" else "rms"
@@ -125,7 +124,7 @@ def _weight(node: Any, source: Node, seen: set[Node]) -> tuple[Node, float] | No
     return (node, offset) if equal(weight.shape[-1], normalised.shape[-1]) else None
 
 
-def _normalised(node: Any, seen: set[Node]) -> tuple[Literal["rms", "layer"], Node, float, set[Node]] | None:
+def _normalised(node: Any, seen: set[Node]) -> tuple[Literal["rms", "layer"], Node, float | None, set[Node]] | None:
     """x * rsqrt(variance + eps), x / sqrt(variance + eps): (kind, x before centring and casts, eps, nodes)."""
     call = call_of(node)
     if call is None or call.inplace or call.op not in ("mul", "div"):
@@ -151,7 +150,7 @@ def _normalised(node: Any, seen: set[Node]) -> tuple[Literal["rms", "layer"], No
     return None
 
 
-def _under_root(node: Any, reciprocal: bool, nodes: set[Node]) -> tuple[Any, float] | None:
+def _under_root(node: Any, reciprocal: bool, nodes: set[Node]) -> tuple[Any, float | None] | None:
     """(variance, eps) of rsqrt(variance + eps), of pow(variance + eps, -0.5) or, under a division, of its root."""
     node = strip_casts(node, nodes)
     call = call_of(node)
@@ -170,6 +169,8 @@ def _under_root(node: Any, reciprocal: bool, nodes: set[Node]) -> tuple[Any, flo
     for eps, variance in ((call["other"], call["input"]), (call["input"], call["other"])):
         if isinstance(eps, (int, float)):
             return variance, float(eps)
+        if isinstance(value(eps), torch.SymFloat):
+            return variance, None
     return None
 
 

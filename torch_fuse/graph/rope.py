@@ -64,7 +64,28 @@ def match_rope(node: Node, order: Order, is_leaf: Callable[[Node], bool], tables
     Raises:
         Miss: when elements are combined along the last dimension, but not as a rotary embedding does.
     """
-    trace = LaneTrace(order, is_leaf)
+    seen: set[Node] = set()
+    try:
+        return _match(node, order, is_leaf, tables, seen)
+    except Miss:
+        # Something else is computed lane by lane before the rotation, an unusual norm say: stop at a value that the
+        # rotation reads more than once.
+        shared = [n for n in seen if n is not node and len(n.users) > 1 and not is_leaf(n)]
+        for cut in sorted(shared, key=order.index.__getitem__, reverse=True):
+            try:
+                found = _match(node, order, lambda n, cut=cut: n is cut or is_leaf(n), tables, set())
+            except Miss:
+                continue
+            if found is not None and found.source is cut:
+                return found
+        raise
+
+
+def _match(
+    node: Node, order: Order, is_leaf: Callable[[Node], bool], tables: Collection[Node], seen: set[Node]
+) -> Rope | None:
+    """The embedding, with the nodes looked at added to `seen`."""
+    trace = LaneTrace(order, is_leaf, nodes=seen)
     terms = trace.trace(node)
     if node in trace.leaves or not any(bool((term.b != 0).any()) for term in terms):
         return None

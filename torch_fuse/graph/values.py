@@ -95,19 +95,7 @@ def describe_shape(node: Node) -> str:
     return "" if found is None else "[" + ", ".join(str(size) for size in found.shape) + "]"
 
 
-def same_value(a: object, b: object, depth: int = 4) -> bool:
-    """Whether two nodes are the same, or the same view or cast of the same value, computed twice."""
-    if a is b:
-        return True
-    if not (isinstance(a, Node) and isinstance(b, Node)):
-        return type(a) is type(b) and not isinstance(a, (list, tuple)) and a == b
-    if depth == 0 or a.op != b.op or a.target != b.target or a.op not in ("call_function", "call_method"):
-        return False
-    first, second = ((n.args, tuple(sorted(n.kwargs.items()))) for n in (a, b))
-    return _same_arguments(first, second, depth - 1)
-
-
-def _same_arguments(a: object, b: object, depth: int) -> bool:
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_same_arguments(x, y, depth) for x, y in zip(a, b, strict=True))
-    return same_value(a, b, depth)
+def keeps_reals(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether a cast is between real types of two bytes or more on one device: one that fused ops may leave out."""
+    types = (before.dtype, after.dtype)
+    return before.device == after.device and all(t.is_floating_point and t.itemsize > 1 for t in types)

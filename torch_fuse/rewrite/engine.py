@@ -158,7 +158,7 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run) -> No
             continue
         try:
             match = pattern.match(view, anchor)
-            if match is not None and stale.intersection((*match.region, *match.inputs)):
+            if match is not None and _outdated(view, match, stale):
                 view, stale = GraphView(module), set()
                 match = pattern.match(view, anchor)
             if match is None:
@@ -171,6 +171,16 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run) -> No
             stale |= _replace(module, view, pattern, match, at, run)
         except Miss as miss:
             _record(run, pattern, anchor, "missed", miss.reason)
+
+
+def _outdated(view: GraphView, match: Match, stale: set[Node]) -> bool:
+    """Whether rewrites since the view was made have touched the match, or the place where it would go."""
+    if stale.intersection((*match.region, *match.inputs)):
+        return True
+    index = view.order.index
+    if any(user not in index for node in match.replaced for user in node.users):
+        return True
+    return view.order.nodes[max(index[node] for node in match.replaced) + 1] in stale
 
 
 def _insertion_point(view: GraphView, match: Match) -> int:

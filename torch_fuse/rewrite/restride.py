@@ -11,6 +11,7 @@ from torch.fx import Node, map_arg
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from torch_fuse._compat import FakeTensorMode, no_guards
+from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.effects import Order, mutated
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import storages, tensors, value
@@ -44,7 +45,7 @@ def restride(changed: dict[Node, Node], mode: FakeTensorMode | None, order: Orde
         if node.op == "output":
             _check_results(node, new_values)
             continue
-        if node.op not in ("call_function", "call_method"):
+        if not _reads_by_index(node):
             raise Miss(f"{node.name} takes a value whose strides would change", node)
         new = _evaluate_with(node, new_values, mode)
         sources = [a for a in node.all_input_nodes if a in new_values]
@@ -65,6 +66,26 @@ def restride(changed: dict[Node, Node], mode: FakeTensorMode | None, order: Orde
     for node, new in new_values.items():
         if node not in changed:
             node.meta["example_value"] = new
+
+
+def _reads_by_index(node: Node) -> bool:
+    """Whether an operator's result does not depend on how its inputs lie in memory; unknown ones may."""
+    if call_of(node) is not None:
+        return True
+    if node.op == "call_method":
+        return str(node.target) not in _LAYOUT_METHODS
+    if node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(node.target).startswith("aten.") and "as_strided" not in str(node.target)
+    name = getattr(node.target, "__name__", "")
+    module = getattr(node.target, "__module__", None) or ""
+    return name not in _LAYOUT_METHODS and (module.split(".")[0] in ("torch", "_operator", ""))
+
+
+# Methods that read or write memory as it lies; `view` is one when it is given a dtype, and unknown to call_of then.
+_LAYOUT_METHODS = {"as_strided", "as_strided_", "view", "set_", "resize_", "resize_as_", "stride", "storage_offset",
+                   "data_ptr", "untyped_storage", "is_contiguous"}  # fmt: skip
 
 
 def _check_results(output: Node, new_values: dict[Node, Any]) -> None:
