@@ -39,8 +39,9 @@ def main() -> int:
     log = Log(parser.parse_args().out)
     failures = 0
     import torch_fuse.patterns.norm_qkv_rope_attention as pattern_module
+    from torch_fuse.patterns import mlp_gelu
 
-    pattern_module.MIN_TOKENS = 0
+    pattern_module.MIN_TOKENS = mlp_gelu.MIN_ELEMENTS = 0
     for pattern in patterns().values():
         for example in [*pattern.spellings(), *pattern.near_misses()]:
             for dtype in (torch.float32, torch.bfloat16):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,17 @@ class Log:
 
 
 def interleaved_ms(
-    calls: dict[str, Callable[[], Any]], reps: int = 8, warmup: int = 3, rounds: int = 3
+    calls: dict[str, Callable[[], Any]], reps: int = 8, warmup: int = 3, rounds: int = 3, rest_s: float = 0.0
 ) -> dict[str, float]:
     """Median milliseconds of each call, by device events (the clock, without a GPU).
 
-    The calls take turns, `rounds` times: each is warmed up, then timed `reps` times in a row, as it is in use.
+    The calls take turns, `rounds` times: the device rests for `rest_s`, then a call is warmed up and timed `reps`
+    times in a row. Without a rest, a GPU at its power limit runs at lower clocks.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            time.sleep(rest_s)
             for _ in range(warmup):
                 call()
             times[name] += [_once_ms(call) for _ in range(reps)]
@@ -49,8 +52,6 @@ def interleaved_ms(
 
 def _once_ms(call: Callable[[], Any]) -> float:
     if not torch.cuda.is_available():
-        import time
-
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e3

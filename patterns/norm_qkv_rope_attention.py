@@ -172,7 +172,8 @@ def _describe(heads: Heads) -> str:
     assert rope is not None
     pairs = "interleaved" if rope.interleaved else "half"
     norm = {"none": "no norm"}.get(_norm_name(heads), _norm_name(heads) + " norm")
-    return f"{norm}, RoPE on {rope.rotary_dim} of {rope.head_dim} lanes ({pairs})"
+    aside = f"; {heads.aside}" if heads.aside else ""
+    return f"{norm}, RoPE on {rope.rotary_dim} of {rope.head_dim} lanes ({pairs}){aside}"
 
 
 def _like_heads(heads: Heads) -> torch.Tensor:

@@ -135,8 +135,7 @@ class Block(nn.Module):
         v = v.transpose(1, 2)
         if s.groups > 1:
             k, v = (
-                t[:, :, None].expand(-1, -1, s.groups, -1, -1).reshape(s.batch, s.heads, -1, s.head_dim)
-                for t in (k, v)
+                t[:, :, None].expand(-1, -1, s.groups, -1, -1).reshape(s.batch, s.heads, -1, s.head_dim) for t in (k, v)
             )
         out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True)
         return self.out(out.transpose(1, 2).reshape(s.batch, out.shape[2], -1)), extra

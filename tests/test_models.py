@@ -67,8 +67,12 @@ def test_dynamic_shapes_lose_nothing_that_static_shapes_find(name: str) -> None:
         rewriter = Rewriter()
         with torch.no_grad():
             rewritten(models.build(name), rewriter, dynamic=dynamic)(**models.inputs(name))
-        found.append([(s.pattern, s.status, s.reason) for s in rewriter.report.sites if s.kind == "attention"])
-    assert found[1] == found[0]
+        found.append([s for s in rewriter.report.sites if s.kind == "attention"])
+    static, dynamic_sites = found
+    assert [(s.pattern, s.status) for s in dynamic_sites] == [(s.pattern, s.status) for s in static]
+    # With dynamic=True, Dynamo makes an input of every float attribute: a norm's epsilon is no constant then.
+    for before, after in zip(static, dynamic_sites, strict=True):
+        assert after.reason == before.reason or "its epsilon is no constant" in after.reason
 
 
 def _graphs_without_rewriting(name: str) -> int:

@@ -39,6 +39,7 @@ class Heads:
         norm: the norm before it, or None.
         scope: what the norm runs over: each head, or all heads of a token.
         nodes: all nodes from the source to the result.
+        aside: why a norm before it is left outside, or "".
     """
 
     result: Node
@@ -52,6 +53,7 @@ class Heads:
     norm: Norm | None
     scope: Scope
     nodes: frozenset[Node]
+    aside: str = ""
 
     def without_norm(self) -> Heads:
         """The same heads, with the norm left outside."""
@@ -168,8 +170,10 @@ def _with_norm(heads: Heads, mode: FakeTensorMode | None) -> Heads | None:
         seen.add(current)
         current = call["input"]
     views.reverse()
-    if norm.bias is not None or norm.eps is None:
-        return None
+    if norm.eps is None:
+        return replace(heads, aside="the norm before it stays outside, its epsilon is no constant")
+    if norm.bias is not None:
+        return replace(heads, aside="the norm before it stays outside, it has a bias")
     scope = _scope(norm, views, heads, mode)
     if scope is None:
         return None

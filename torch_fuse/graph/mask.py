@@ -109,19 +109,18 @@ def _readable(text: str, i: sympy.Symbol, j: sympy.Symbol) -> str:
 
 
 def _difference(condition: sympy.Basic) -> sympy.Expr | None:
-    """f such that an inequality between integers reads f >= 0."""
-    if not isinstance(condition, sympy.core.relational.Relational):
+    """f with whole coefficients such that an inequality between whole indices reads f >= 0; None for anything else."""
+    if isinstance(condition, (sympy.Ge, sympy.Gt)):
+        difference = sympy.expand(condition.lhs - condition.rhs)
+    elif isinstance(condition, (sympy.Le, sympy.Lt)):
+        difference = sympy.expand(condition.rhs - condition.lhs)
+    else:
         return None
-    a, b = condition.lhs, condition.rhs
-    if isinstance(condition, sympy.Ge):
-        return sympy.expand(a - b)
-    if isinstance(condition, sympy.Le):
-        return sympy.expand(b - a)
-    if isinstance(condition, sympy.Gt):
-        return sympy.expand(a - b - 1)
-    if isinstance(condition, sympy.Lt):
-        return sympy.expand(b - a - 1)
-    return None
+    constant, rest = difference.as_coeff_Add()
+    if not constant.is_number or any(not c.is_integer for c in rest.as_coefficients_dict().values()):
+        return None
+    strict = isinstance(condition, (sympy.Gt, sympy.Lt))
+    return rest + (sympy.ceiling(constant) - 1 if strict else sympy.floor(constant))
 
 
 def _truth(condition: sympy.Basic, sizes: dict[sympy.Symbol, sympy.Expr], shape_env: ShapeEnv | None) -> bool | None:
