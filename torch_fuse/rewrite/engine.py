@@ -16,6 +16,7 @@ from torch_fuse.graph.values import describe_shape, location, tensor, value
 from torch_fuse.options import Options
 from torch_fuse.report import GraphReport, Site, Status
 from torch_fuse.rewrite.builder import Builder, check_same_meta, same_strides
+from torch_fuse.rewrite.guards import respell
 from torch_fuse.rewrite.pattern import Match, Pattern
 from torch_fuse.rewrite.restride import restride
 from torch_fuse.rewrite.view import KINDS, GraphView
@@ -79,6 +80,8 @@ def rewrite(gm: GraphModule, options: Options, patterns: dict[str, Pattern]) -> 
     """
     start = time.perf_counter()
     run = _Run(options, patterns)
+    for module, _ in list(_modules(gm)):
+        respell(module)
     backups = [(module, _copy(module)) for module, _ in _modules(gm)]
     try:
         for module, refusal in list(_modules(gm)):
