@@ -175,6 +175,8 @@ class Block(nn.Module):
         angles = torch.outer(torch.arange(S, dtype=torch.float32), 0.5 ** torch.arange(D // 2))
         pairs = (angles, angles)
         table = torch.stack(pairs, -1).flatten(1) if "interleaved" in layout.rotate.__name__ else torch.cat(pairs, 1)
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", table.cos())
         self.register_buffer("sin", table.sin())
 

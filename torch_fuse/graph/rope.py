@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch.fx import Node
 
@@ -73,12 +74,16 @@ def match_rope(node: Node, order: Order, is_leaf: Callable[[Node], bool], tables
         shared = [n for n in seen if n is not node and len(n.users) > 1 and not is_leaf(n)]
         for cut in sorted(shared, key=order.index.__getitem__, reverse=True):
             try:
-                found = _match(node, order, lambda n, cut=cut: n is cut or is_leaf(n), tables, set())
+                found = _match(node, order, partial(_is_cut_or_leaf, cut, is_leaf), tables, set())
             except Miss:
                 continue
             if found is not None and found.source is cut:
                 return found
         raise
+
+
+def _is_cut_or_leaf(cut: Node, is_leaf: Callable[[Node], bool], node: Node) -> bool:
+    return node is cut or is_leaf(node)
 
 
 def _match(
