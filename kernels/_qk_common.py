@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,56 +25,65 @@ class Spec(NamedTuple):
     sin_lanes: Sequence[int]
 
 
-def _require(ok: bool, argument: str, value: object, allowed: str) -> None:
+def require(op: str, ok: bool, argument: str, value: object, allowed: str) -> None:
+    """Raises ValueError naming the op, the argument, its value and what is allowed, unless `ok`."""
     if not ok:
-        raise ValueError(f"qk_norm_rope: {argument} is {value}; allowed: {allowed}")
+        raise ValueError(f"{op}: {argument} is {value}; allowed: {allowed}")
 
 
-def _check_table(name: str, table: Tensor | None, lanes: Sequence[int], q: Tensor, rotary_dim: int) -> None:
+def _check_table(
+    op: str, name: str, table: Tensor | None, lanes: Sequence[int], q: Tensor, rotary_dim: int
+) -> None:
     if rotary_dim == 0:
-        _require(table is None, name, "given", "None when rotary_dim is 0")
+        require(op, table is None, name, "given", "None when rotary_dim is 0")
         return
     batch, length = q.shape[:2]
     if table is None:
-        _require(False, name, None, f"a [B or 1, S, ...] table when rotary_dim is {rotary_dim}")
+        require(op, False, name, None, f"a [B or 1, S, ...] table when rotary_dim is {rotary_dim}")
         return
-    _require(table.dim() == 3, f"{name}.shape", tuple(table.shape), "three dimensions, [B or 1, S, ...]")
-    _require(table.device == q.device, f"{name}.device", table.device, f"q's, {q.device}")
-    _require(table.dtype.is_floating_point, f"{name}.dtype", table.dtype, "a floating-point dtype")
-    _require(table.shape[1] == length, f"{name}.shape[1]", table.shape[1], f"q's length {length}")
+    require(op, table.dim() == 3, f"{name}.shape", tuple(table.shape), "three dimensions, [B or 1, S, ...]")
+    require(op, table.device == q.device, f"{name}.device", table.device, f"the heads', {q.device}")
+    require(op, table.dtype.is_floating_point, f"{name}.dtype", table.dtype, "a floating-point dtype")
+    require(op, table.shape[1] == length, f"{name}.shape[1]", table.shape[1], f"the heads' length {length}")
     # 1 first: it is known without a guard when the batch is symbolic
-    _require(table.shape[0] == 1 or table.shape[0] == batch, f"{name}.shape[0]", table.shape[0],
-             f"1 or q's batch {batch}")  # fmt: skip
-    _require(len(lanes) == 3 and lanes[0] >= 1 and min(lanes) >= 0, f"{name}_lanes", list(lanes),
-             "[mult >= 1, first >= 0, second >= 0]")  # fmt: skip
+    require(op, table.shape[0] == 1 or table.shape[0] == batch, f"{name}.shape[0]", table.shape[0],
+            f"1 or the heads' batch {batch}")  # fmt: skip
+    require(op, len(lanes) == 3 and lanes[0] >= 1 and min(lanes) >= 0, f"{name}_lanes", list(lanes),
+            "[mult >= 1, first >= 0, second >= 0]")  # fmt: skip
     last = lanes[0] * (rotary_dim // 2 - 1) + max(lanes[1:])
-    _require(last < table.shape[2], f"{name}_lanes", list(lanes),
-             f"lanes below {name}.shape[2] = {table.shape[2]}; the last one used is {last}")  # fmt: skip
+    require(op, last < table.shape[2], f"{name}_lanes", list(lanes),
+            f"lanes below {name}.shape[2] = {table.shape[2]}; the last one used is {last}")  # fmt: skip
+
+
+def check_tables(op: str, q: Tensor, cos: Tensor | None, sin: Tensor | None, spec: Spec) -> None:
+    """Raises ValueError unless cos and sin are tables for heads q [B, S, H, D]."""
+    _check_table(op, "cos", cos, spec.cos_lanes, q, spec.rotary_dim)
+    _check_table(op, "sin", sin, spec.sin_lanes, q, spec.rotary_dim)
 
 
 def check(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
           cos: Tensor | None, sin: Tensor | None, spec: Spec) -> None:  # fmt: skip
     """Raises ValueError naming the argument, its value and what is allowed."""
+    need = partial(require, "qk_norm_rope")
     for name, x in (("q", q), ("k", k)):
-        _require(x.dim() == 4, f"{name}.shape", tuple(x.shape), "four dimensions, [B, S, H, D]")
-        _require(x.dtype in (*DTYPES, torch.float64), f"{name}.dtype", x.dtype, "fp32, bf16, fp16 or fp64")
+        need(x.dim() == 4, f"{name}.shape", tuple(x.shape), "four dimensions, [B, S, H, D]")
+        need(x.dtype in (*DTYPES, torch.float64), f"{name}.dtype", x.dtype, "fp32, bf16, fp16 or fp64")
     batch, length, _, dim = q.shape
-    _require(k.shape[0] == batch and k.shape[1] == length and k.shape[3] == dim, "k.shape", tuple(k.shape),
+    need(k.shape[0] == batch and k.shape[1] == length and k.shape[3] == dim, "k.shape", tuple(k.shape),
              f"q's but for the number of heads: [{batch}, {length}, Hk, {dim}]")  # fmt: skip
-    _require(k.dtype == q.dtype, "k.dtype", k.dtype, f"q's, {q.dtype}")
-    _require(k.device == q.device, "k.device", k.device, f"q's, {q.device}")
-    _require(spec.norm in NORMS, "norm", repr(spec.norm), ", ".join(NORMS))
+    need(k.dtype == q.dtype, "k.dtype", k.dtype, f"q's, {q.dtype}")
+    need(k.device == q.device, "k.device", k.device, f"q's, {q.device}")
+    need(spec.norm in NORMS, "norm", repr(spec.norm), ", ".join(NORMS))
     for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
         if weight is not None:
             sizes = (dim, x.shape[2] * dim)
-            _require(spec.norm != "none", name, "given", "None when norm is 'none'")
-            _require(weight.numel() in sizes, f"{name}.numel()", weight.numel(), f"D or H * D: {sizes}")
-            _require(weight.is_contiguous(), f"{name}.stride()", weight.stride(), "contiguous")
-            _require(weight.device == q.device, f"{name}.device", weight.device, f"q's, {q.device}")
+            need(spec.norm != "none", name, "given", "None when norm is 'none'")
+            need(weight.numel() in sizes, f"{name}.numel()", weight.numel(), f"D or H * D: {sizes}")
+            need(weight.is_contiguous(), f"{name}.stride()", weight.stride(), "contiguous")
+            need(weight.device == q.device, f"{name}.device", weight.device, f"q's, {q.device}")
     rotary = spec.rotary_dim
-    _require(0 <= rotary <= dim and rotary % 2 == 0, "rotary_dim", rotary, f"an even number, 0 to D = {dim}")
-    _check_table("cos", cos, spec.cos_lanes, q, rotary)
-    _check_table("sin", sin, spec.sin_lanes, q, rotary)
+    need(0 <= rotary <= dim and rotary % 2 == 0, "rotary_dim", rotary, f"an even number, 0 to D = {dim}")
+    check_tables("qk_norm_rope", q, cos, sin, spec)
 
 
 def acc_dtype(x: Tensor) -> torch.dtype:

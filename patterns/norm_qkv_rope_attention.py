@@ -28,6 +28,7 @@ from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, size_hint, static_int, tensor
 from torch_fuse.kernels import qk_norm_rope
 from torch_fuse.options import Options
+from torch_fuse.patterns._rope_in_place import emit_in_place, match_in_place
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -67,8 +68,16 @@ class NormQkvRopeAttention(Pattern):
         replaced = tuple(sorted((query.result, key.result), key=view.order.index.__getitem__))
         if replaced[0] is replaced[1]:
             raise Miss("query and key are the same value", anchor)
-        bindings = {"query": query, "key": key, "device": tensor(anchor).device}  # type: ignore[union-attr]
-        return Match(anchor, bindings, replaced, frozenset(region), inputs, _describe(query))
+        in_place = match_in_place(query, key, attention, view)
+        bindings = {"query": query, "key": key, "in_place": in_place}
+        note = _describe(query)
+        if not in_place:
+            return Match(anchor, bindings, replaced, frozenset(region), inputs, note)
+        parts = {part.node for projection in in_place for part in projection.parts}
+        region = parts.union(*(projection.nodes for projection in in_place))
+        replaced = tuple(sorted(parts, key=view.order.index.__getitem__))
+        op = "torch_fuse::partial_rope"
+        return Match(anchor, bindings, replaced, frozenset(region), inputs, f"{note}, where they lie", op)
 
     def check(self, match: Match, options: Options) -> str | None:
         query, key = match.bindings["query"], match.bindings["key"]
@@ -86,6 +95,11 @@ class NormQkvRopeAttention(Pattern):
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
         query, key = match.bindings["query"], match.bindings["key"]
         rope = query.rope
+        if match.bindings["in_place"]:
+            cos, sin = (_emit_table(table, query, builder) for table in (rope.cos, rope.sin))
+            reference = options.kernels == "reference"
+            emitted = [emit_in_place(p, query, cos, sin, reference, builder) for p in match.bindings["in_place"]]
+            return {old: new for made in emitted for old, new in made.items()}
         op = qk_norm_rope.reference if options.kernels == "reference" else qk_norm_rope.qk_norm_rope
         norm = query.norm
         both = builder.call(

@@ -278,7 +278,7 @@ def test_compiled_with_dynamic_shapes_forward_and_backward() -> None:
         ({"k": torch.ones(2, 4, 2, 16)}, r"k.shape is \(2, 4, 2, 16\); allowed: q's but for"),
         ({"k": torch.ones(2, 3, 2, 16, dtype=torch.float64)}, "k.dtype is torch.float64; allowed: q's"),
         ({"q": torch.ones(2, 3, 64)}, r"q.shape is \(2, 3, 64\); allowed: four dimensions"),
-        ({"cos": torch.ones(1, 5, 12)}, r"cos.shape\[1\] is 5; allowed: q's length 3"),
+        ({"cos": torch.ones(1, 5, 12)}, r"cos.shape\[1\] is 5; allowed: the heads' length 3"),
     ],
 )
 def test_errors_name_argument_value_and_what_is_allowed(change: dict, message: str) -> None:

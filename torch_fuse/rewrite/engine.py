@@ -236,7 +236,7 @@ def _replace(module: GraphModule, view: GraphView, pattern: Pattern, match: Matc
             new.meta["example_value"] = value(old)  # so that views of the old value are known as aliases
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in kept_users)
     run.report.rewrites += 1
-    _record(run, pattern, anchor, "fused", match.note)
+    _record(run, pattern, anchor, "fused", match.note, match.op or pattern.op)
     _log.debug("%s rewrote %s: %s", pattern.name, match.anchor.name, match.note)
     erased = _erase_dead(module, view, match)
     for node in set(match.replaced) - erased:
@@ -260,10 +260,10 @@ def _erase_dead(module: GraphModule, view: GraphView, match: Match) -> set[Node]
     return erased
 
 
-def _record(run: _Run, pattern: Pattern, anchor: Node, status: Status, reason: str) -> None:
+def _record(run: _Run, pattern: Pattern, anchor: Node, status: Status, reason: str, op: str = "") -> None:
     kind = pattern.kind or "other"
     run.claimed.add((kind, anchor.name))
-    run.report.sites.append(_site(pattern.name, kind, anchor, status, reason, pattern.op if status == "fused" else ""))
+    run.report.sites.append(_site(pattern.name, kind, anchor, status, reason, op))
     _log.debug("%s at %s (%s): %s. %s", pattern.name, anchor.name, location(anchor), status, reason)
 
 

@@ -26,6 +26,7 @@ class Match:
         region: all nodes whose work the rewrite takes over (the replaced ones among them).
         inputs: the nodes that the rewrite reads.
         note: what was proven, for the report.
+        op: qualified name of the op that it emits, where that is not the pattern's `op`.
     """
 
     anchor: Node
@@ -34,6 +35,7 @@ class Match:
     region: frozenset[Node]
     inputs: tuple[Node, ...]
     note: str = ""
+    op: str = ""
 
 
 @dataclass(frozen=True)
