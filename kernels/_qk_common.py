@@ -31,9 +31,7 @@ def require(op: str, ok: bool, argument: str, value: object, allowed: str) -> No
         raise ValueError(f"{op}: {argument} is {value}; allowed: {allowed}")
 
 
-def _check_table(
-    op: str, name: str, table: Tensor | None, lanes: Sequence[int], q: Tensor, rotary_dim: int
-) -> None:
+def _check_table(op: str, name: str, table: Tensor | None, lanes: Sequence[int], q: Tensor, rotary_dim: int) -> None:
     if rotary_dim == 0:
         require(op, table is None, name, "given", "None when rotary_dim is 0")
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch.fx import Node
 
@@ -59,7 +60,7 @@ def match_in_place(query: Heads, key: Heads, attention: Attention, view: GraphVi
         parts.append(value[0])
         nodes |= value[1]
     starts = sorted(part.offset for part in parts)
-    if any(b - a < query.head_dim for a, b in zip(starts, starts[1:], strict=False)):
+    if any(b - a < query.head_dim for a, b in pairwise(starts)):
         return ()
     whole = _projection(query, parts, nodes) if query.axes == key.axes else None
     return () if whole is None else (whole,)

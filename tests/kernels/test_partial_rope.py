@@ -1,4 +1,4 @@
-"""partial_rope against the rotation spelled out in float64: reference, interpreted kernel and, where there is one, GPU."""
+"""partial_rope against the rotation spelled out in float64: reference, interpreted kernel and GPU."""
 
 import os
 import subprocess
