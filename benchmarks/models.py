@@ -138,7 +138,57 @@ def denoise(log: Log, dry: bool, device: str, reps: int) -> None:
                     dtype="bfloat16")  # fmt: skip
 
 
-PARTS = {"prefill": prefill, "train": train, "wan": denoise}
+def llama(log: Log, dry: bool, device: str, reps: int) -> None:
+    """One forward pass of Llama-3-8B's geometry over a prompt."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, layers, heads, kv_heads, intermediate = (64, 2, 4, 2, 128) if dry else (4096, 32, 32, 8, 14336)
+    length = 128 if dry else 4096
+    config = LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=intermediate, vocab_size=128256, max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    ids = torch.randint(0, 128256, (1, length), device=device)
+
+    def call(f: Any) -> torch.Tensor:
+        return f(ids, use_cache=False, logits_to_keep=1).logits
+
+    with torch.no_grad():
+        wide = copy.deepcopy(model).double()
+        exact = call(wide)
+        del wide
+        compare(log, "llama", model, call, exact, reps, True, size="llama-3-8b", tokens=length, dtype="bfloat16")
+
+
+def bert(log: Log, dry: bool, device: str, reps: int) -> None:
+    """BERT-base inference over a batch, without padding and with."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    batch, length = (2, 64) if dry else (32, 512)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = BertModel(BertConfig(**(sizes if dry else {}))).to(torch.bfloat16).eval()
+    ids = torch.randint(0, 30522, (batch, length), device=device)
+    lengths = torch.randint(length // 4, length + 1, (batch,), device=device)
+    for padded in (False, True):
+        keep = torch.arange(length, device=device) < lengths[:, None] if padded else torch.ones_like(ids).bool()
+        mask = keep.long() if padded else None
+
+        def call(f: Any, mask: torch.Tensor | None = mask, keep: torch.Tensor = keep) -> torch.Tensor:
+            return f(ids, attention_mask=mask).last_hidden_state * keep[..., None]
+
+        with torch.no_grad():
+            exact = call(copy.deepcopy(model).double())
+            compare(log, "bert", model, call, exact, reps, True, padded=padded, batch=batch, tokens=length,
+                    dtype="bfloat16")  # fmt: skip
+
+
+PARTS = {"prefill": prefill, "train": train, "wan": denoise, "llama": llama, "bert": bert}
 
 
 def main() -> None:
