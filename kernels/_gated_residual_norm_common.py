@@ -1,4 +1,4 @@
-"""What gated_residual_norm's forward and backward share in plain torch: options, checks, shapes, the references' steps."""
+"""What gated_residual_norm's forward and backward share in plain torch: options, checks, the references' steps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What gated_residual_norm's two kernels share: how rows are cut into tiles, loaded, and normalised.
+"""What gated_residual_norm's two kernels share: how a row is cut into parts, loaded, and normalised.
 
-A program holds whole rows. C = 2560 lanes take registers and instructions of 4096 as one power of two, but of 2560 as
-two: MAIN + REST = 2048 + 512. REST is 0 where a single tile is no larger.
+A program holds a whole row. C = 2560 lanes take registers and instructions of 4096 as one power of two, but of 2560 as
+two: MAIN + REST = 2048 + 512. REST is 0 where a single part is no larger. Statistics are scalars: as tensors they would
+carry the layout of one part, and Triton would move the other part through shared memory to meet it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from ._ops import tl, triton
 
 
 class Config(NamedTuple):
-    """Rows a program holds at once, and its warps; benchmarks/bench_gated_residual_norm.py --sweep tries others."""
+    """Warps of a row, and whether it is cut in two; benchmarks/bench_gated_residual_norm.py --sweep tries others."""
 
-    rows: int
     num_warps: int
     split: bool = True
 
@@ -32,7 +32,7 @@ def parts(width: int, split: bool) -> dict[str, int | bool]:
 @triton.jit
 def load(ptr, keep, MASK: tl.constexpr):
     """fp32 values, 0 where not to be kept."""
-    if MASK:
+    if MASK:  # noqa: SIM108  # only one of the two is compiled
         values = tl.load(ptr, mask=keep, other=0.0)
     else:
         values = tl.load(ptr)
@@ -49,37 +49,37 @@ def store(ptr, values, keep, MASK: tl.constexpr):
 
 
 @triton.jit
-def load_factor(ptr, p_b, p_s, b, s, col, keep, exists, LANES: tl.constexpr, MASK: tl.constexpr):
-    """A gate, scale or shift of rows (b, s): [ROWS, lanes], or [ROWS, 1] where it is one number a row."""
+def load_factor(ptr, p_b, p_s, b, s, col, keep, LANES: tl.constexpr, MASK: tl.constexpr):
+    """A gate, scale or shift of row (b, s): its lanes, or the one number where there is only one."""
     row = ptr + (b * p_b + s * p_s)
     if LANES:
         return load(row + col, keep, MASK)
     else:  # noqa: RET505  # a jit function's other branch must not be compiled
-        return load(row, exists, True)
+        return tl.load(row).to(tl.float32)
 
 
 @triton.jit
 def row_mean(a, b, C: tl.constexpr, REST: tl.constexpr):
-    """Sum over the lanes of both parts, over C: [ROWS, 1]."""
-    total = tl.sum(a, axis=1, keep_dims=True)
+    """Sum over the lanes of both parts, over C."""
+    total = tl.sum(a, axis=0)
     if REST:
-        total += tl.sum(b, axis=1, keep_dims=True)
+        total += tl.sum(b, axis=0)
     return total * (1.0 / C)
 
 
 @triton.jit
-def normalised(a, b, col_a, col_b, C: tl.constexpr, REST: tl.constexpr, MASK_MAIN: tl.constexpr,
+def normalised(a, b, keep_a, keep_b, C: tl.constexpr, REST: tl.constexpr, MASK_MAIN: tl.constexpr,
                MASK_REST: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
     """(r - mean) * rstd of both parts (without the mean for rms) and rstd. b is unused when REST is 0."""
     if LAYER:
         mean = row_mean(a, b, C, REST)
         a -= mean
         if MASK_MAIN:  # lanes of padding stay zero, for the sum of squares
-            a = tl.where(col_a < C, a, 0.0)
+            a = tl.where(keep_a, a, 0.0)
         if REST:
             b -= mean
             if MASK_REST:
-                b = tl.where(col_b < C, b, 0.0)
+                b = tl.where(keep_b, b, 0.0)
     square = row_mean(a * a, b * b, C, REST)
     rstd = tl.rsqrt(square + EPS)
     return a * rstd, b * rstd, rstd

@@ -57,7 +57,7 @@ def config(width: int) -> Config:
     warps = 2
     while warps < 16 and width >= 1024 * warps:
         warps *= 2
-    return Config(1, warps)
+    return Config(warps)
 
 
 def supports(t: Operands, spec: Spec) -> str | None:
@@ -88,11 +88,11 @@ def reference(x: Tensor, y1: Tensor | None, y2: Tensor | None, gate1: Tensor | N
 
 
 @triton.jit
-def _term(r, y, y_b, y_s, gate, gate_b, gate_s, b, s, col, keep, exists, ALPHA: tl.constexpr, LANES: tl.constexpr,
+def _term(r, y, y_b, y_s, gate, gate_b, gate_s, b, s, col, keep, ALPHA: tl.constexpr, LANES: tl.constexpr,
           MASK: tl.constexpr):  # fmt: skip
     value = load(y + (b * y_b + s * y_s) + col, keep, MASK)
     if gate is not None:
-        value *= load_factor(gate, gate_b, gate_s, b, s, col, keep, exists, LANES, MASK)
+        value *= load_factor(gate, gate_b, gate_s, b, s, col, keep, LANES, MASK)
     if ALPHA == 1.0:
         return r + value
     else:  # noqa: RET505
@@ -100,81 +100,73 @@ def _term(r, y, y_b, y_s, gate, gate_b, gate_s, b, s, col, keep, exists, ALPHA: 
 
 
 @triton.jit
-def _combined(x, x_b, x_s, y1, y1_b, y1_s, y2, y2_b, y2_s, gate1, g1_b, g1_s, gate2, g2_b, g2_s, r_row, b, s, col,
-              keep, exists, ALPHA1: tl.constexpr, ALPHA2: tl.constexpr, LANES1: tl.constexpr, LANES2: tl.constexpr,
-              ROUND: tl.constexpr, WRITE: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    """r of one part of the rows, rounded as it is stored."""
-    r = load(x + (b * x_b + s * x_s) + col, keep, MASK)
+def _combined(x, x_b, x_s, y1, y1_b, y1_s, y2, y2_b, y2_s, gate1, g1_b, g1_s, gate2, g2_b, g2_s, r, row, b, s, col,
+              keep, C: tl.constexpr, ALPHA1: tl.constexpr, ALPHA2: tl.constexpr, LANES1: tl.constexpr,
+              LANES2: tl.constexpr, ROUND: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    """r of one part of a row, rounded as it is stored."""
+    total = load(x + (b * x_b + s * x_s) + col, keep, MASK)
     if y1 is not None:
-        r = _term(r, y1, y1_b, y1_s, gate1, g1_b, g1_s, b, s, col, keep, exists, ALPHA1, LANES1, MASK)
+        total = _term(total, y1, y1_b, y1_s, gate1, g1_b, g1_s, b, s, col, keep, ALPHA1, LANES1, MASK)
     if y2 is not None:
-        r = _term(r, y2, y2_b, y2_s, gate2, g2_b, g2_s, b, s, col, keep, exists, ALPHA2, LANES2, MASK)
+        total = _term(total, y2, y2_b, y2_s, gate2, g2_b, g2_s, b, s, col, keep, ALPHA2, LANES2, MASK)
     if ROUND == 1:
-        r = r.to(tl.bfloat16).to(tl.float32)
+        total = total.to(tl.bfloat16).to(tl.float32)
     if ROUND == 2:
-        r = r.to(tl.float16).to(tl.float32)
-    if WRITE:
-        store(r_row + col, r, keep, MASK)
-    return r
+        total = total.to(tl.float16).to(tl.float32)
+    if r is not None:
+        store(r + row * C + col, total, keep, MASK)
+    return total
 
 
 @triton.jit
-def _affine(x_hat, weight, bias, col, lane_exists, OFFSET: tl.constexpr, MASK: tl.constexpr):
+def _affine(x_hat, weight, bias, col, keep, OFFSET: tl.constexpr, MASK: tl.constexpr):
     if weight is not None:
-        x_hat = x_hat * (load(weight + col, lane_exists, MASK) + OFFSET)
+        x_hat = x_hat * (load(weight + col, keep, MASK) + OFFSET)
     if bias is not None:
-        x_hat = x_hat + load(bias + col, lane_exists, MASK)
+        x_hat = x_hat + load(bias + col, keep, MASK)
     return x_hat
 
 
 @triton.jit
 def _write(x_hat, weight1, bias1, weight2, bias2, scale, scale_b, scale_s, shift, shift_b, shift_s, out1, out2, row, b,
-           s, col, keep, exists, C: tl.constexpr, OFFSET: tl.constexpr, MASK: tl.constexpr,
-           MASK_LANES: tl.constexpr):  # fmt: skip
-    """The results of one part of the rows."""
-    h = _affine(x_hat, weight1, bias1, col, col < C, OFFSET, MASK_LANES)
+           s, col, keep, C: tl.constexpr, OFFSET: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    """The results of one part of a row."""
+    h = _affine(x_hat, weight1, bias1, col, keep, OFFSET, MASK)
     if scale is not None:
-        h *= 1.0 + load_factor(scale, scale_b, scale_s, b, s, col, keep, exists, True, MASK)
+        h *= 1.0 + load_factor(scale, scale_b, scale_s, b, s, col, keep, True, MASK)
     if shift is not None:
-        h += load_factor(shift, shift_b, shift_s, b, s, col, keep, exists, True, MASK)
+        h += load_factor(shift, shift_b, shift_s, b, s, col, keep, True, MASK)
     store(out1 + row * C + col, h, keep, MASK)
     if out2 is not None:
-        store(out2 + row * C + col, _affine(x_hat, weight2, bias2, col, col < C, OFFSET, MASK_LANES), keep, MASK)
+        store(out2 + row * C + col, _affine(x_hat, weight2, bias2, col, keep, OFFSET, MASK), keep, MASK)
 
 
 @triton.jit
 def _forward_kernel(x, x_b, x_s, y1, y1_b, y1_s, y2, y2_b, y2_s, gate1, g1_b, g1_s, gate2, g2_b, g2_s, weight1, bias1,
-                    weight2, bias2, scale, scale_b, scale_s, shift, shift_b, shift_s, r, out1, out2, n_rows, length,
+                    weight2, bias2, scale, scale_b, scale_s, shift, shift_b, shift_s, r, out1, out2, length,
                     ALPHA1: tl.constexpr, ALPHA2: tl.constexpr, LANES1: tl.constexpr, LANES2: tl.constexpr,
                     ROUND: tl.constexpr, LAYER: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr,
                     C: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, MASK_MAIN: tl.constexpr,
-                    MASK_REST: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # fewer than 2^31 rows; their offsets are int64
-    exists = index < n_rows
+                    MASK_REST: tl.constexpr):  # fmt: skip
+    """One row a program."""
+    index = tl.program_id(0)  # fewer than 2^31 rows; their offsets are int64
     b, s, row = (index // length).to(tl.int64), (index % length).to(tl.int64), index.to(tl.int64)
-    WRITE: tl.constexpr = r is not None
-    r_row = row
-    if WRITE:
-        r_row = r + row * C
-    # one row a program: the grid is exact
-    MASK_A: tl.constexpr = MASK_MAIN or ROWS > 1
-    MASK_B: tl.constexpr = MASK_REST or ROWS > 1
-    col_a = tl.arange(0, MAIN)[None, :]
-    keep_a = exists & (col_a < C)
-    part_a = _combined(x, x_b, x_s, y1, y1_b, y1_s, y2, y2_b, y2_s, gate1, g1_b, g1_s, gate2, g2_b, g2_s, r_row, b, s,
-                       col_a, keep_a, exists, ALPHA1, ALPHA2, LANES1, LANES2, ROUND, WRITE, MASK_A)  # fmt: skip
+    col_a = tl.arange(0, MAIN)
+    keep_a = col_a < C
+    part_a = _combined(x, x_b, x_s, y1, y1_b, y1_s, y2, y2_b, y2_s, gate1, g1_b, g1_s, gate2, g2_b, g2_s, r, row, b, s,
+                       col_a, keep_a, C, ALPHA1, ALPHA2, LANES1, LANES2, ROUND, MASK_MAIN)  # fmt: skip
     col_b, keep_b, part_b = col_a, keep_a, part_a  # names for a part that there may not be
     if REST:
-        col_b = MAIN + tl.arange(0, REST)[None, :]
-        keep_b = exists & (col_b < C)
-        part_b = _combined(x, x_b, x_s, y1, y1_b, y1_s, y2, y2_b, y2_s, gate1, g1_b, g1_s, gate2, g2_b, g2_s, r_row, b,
-                           s, col_b, keep_b, exists, ALPHA1, ALPHA2, LANES1, LANES2, ROUND, WRITE, MASK_B)  # fmt: skip
-    part_a, part_b, _ = normalised(part_a, part_b, col_a, col_b, C, REST, MASK_MAIN, MASK_REST, LAYER, EPS)
+        col_b = MAIN + tl.arange(0, REST)
+        keep_b = col_b < C
+        part_b = _combined(x, x_b, x_s, y1, y1_b, y1_s, y2, y2_b, y2_s, gate1, g1_b, g1_s, gate2, g2_b, g2_s, r, row,
+                           b, s, col_b, keep_b, C, ALPHA1, ALPHA2, LANES1, LANES2, ROUND, MASK_REST)  # fmt: skip
+    part_a, part_b, _ = normalised(part_a, part_b, keep_a, keep_b, C, REST, MASK_MAIN, MASK_REST, LAYER, EPS)
     _write(part_a, weight1, bias1, weight2, bias2, scale, scale_b, scale_s, shift, shift_b, shift_s, out1, out2, row, b,
-           s, col_a, keep_a, exists, C, OFFSET, MASK_A, MASK_MAIN)  # fmt: skip
+           s, col_a, keep_a, C, OFFSET, MASK_MAIN)  # fmt: skip
     if REST:
         _write(part_b, weight1, bias1, weight2, bias2, scale, scale_b, scale_s, shift, shift_b, shift_s, out1, out2,
-               row, b, s, col_b, keep_b, exists, C, OFFSET, MASK_B, MASK_REST)  # fmt: skip
+               row, b, s, col_b, keep_b, C, OFFSET, MASK_REST)  # fmt: skip
 
 
 def _outputs(t: Operands, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,13 +193,13 @@ def _forward(x: Tensor, y1: Tensor | None, y2: Tensor | None, gate1: Tensor | No
         return r, out1, out2
     how = config(width)
     with on_device_of(x):
-        wrap_triton(_forward_kernel)[((n_rows + how.rows - 1) // how.rows,)](
+        wrap_triton(_forward_kernel)[(n_rows,)](
             x, *strides(x), y1, *strides(y1), y2, *strides(y2), gate1, *strides(gate1), gate2, *strides(gate2),
             weight1, bias1, weight2, bias2, scale, *strides(scale), shift, *strides(shift),
-            r if write_r else None, out1, out2 if outputs == 2 else None, n_rows, x.shape[1],
+            r if write_r else None, out1, out2 if outputs == 2 else None, x.shape[1],
             ALPHA1=float(alphas[0]), ALPHA2=float(alphas[1]), LANES1=gate1 is None or gate1.shape[2] != 1,
             LANES2=gate2 is None or gate2.shape[2] != 1, ROUND=ROUNDING[r_dtype], LAYER=norm == "layer",
-            EPS=eps, OFFSET=weight_offset, **parts(width, how.split), ROWS=how.rows, num_warps=how.num_warps,
+            EPS=eps, OFFSET=weight_offset, **parts(width, how.split), num_warps=how.num_warps,
         )  # fmt: skip
     return r, out1, out2
 
