@@ -94,7 +94,7 @@ def no_kernel(t: Operands, spec: Spec) -> str | None:
     """Why the kernels cannot take these arguments, or None; installs no guard but on the width."""
     if reason := no_triton(t.x):
         return reason
-    width = t.x.shape[2]
+    width = t.x.shape[-1]
     if not 8 <= width <= MAX_WIDTH or width % 8:
         return f"C is {width}; allowed: multiples of 8 up to {MAX_WIDTH}"
     for name, tensor in t._asdict().items():
@@ -102,7 +102,7 @@ def no_kernel(t: Operands, spec: Spec) -> str | None:
             continue
         if tensor.dtype not in DTYPES:
             return f"{name}.dtype is {tensor.dtype}; allowed: fp32, bf16, fp16"
-        if tensor.shape[-1] != 1 and tensor.stride(-1) != 1:
+        if tensor.dim() > 0 and tensor.shape[-1] != 1 and tensor.stride(-1) != 1:
             return f"{name}.stride(-1) is {tensor.stride(-1)}; allowed: 1"
     for name, dtype in (("r_dtype", spec.r_dtype), ("out_dtype", spec.out_dtype)):
         if dtype not in DTYPES:
