@@ -220,3 +220,38 @@ def last_dim(norm: Norm) -> int | None:
     """Number of elements that are normalised together; None when symbolic."""
     found = tensor(norm.input)
     return None if found is None else static_int(found.shape[-1])
+
+
+# What a written-out norm is made of, for the way from its input to its result.
+_STEPS = ("cast", "mul", "div", "sub", "add", "pow", "square", "mean", "sqrt", "rsqrt", "layer_norm", "rms_norm")
+_MOST_STEPS = 48
+
+
+def norms_of(source: Node) -> list[Norm]:
+    """The norms whose input is `source`, in the graph's order; of two in one another the outer.
+
+    The outer is a norm of its own only where nothing but itself reads the inner one.
+    """
+    reached: dict[Node, None] = {source: None}
+    pending = [source]
+    found: dict[Node, Norm] = {}
+    while pending and len(reached) < _MOST_STEPS:
+        for user in pending.pop(0).users:
+            call = call_of(user)
+            if user in reached or call is None or call.inplace or call.op not in _STEPS:
+                continue
+            if call.op == "add" and tensor(call["input"]) is not None and tensor(call["other"]) is not None:
+                continue  # an epsilon is a number
+            reached[user] = None
+            norm = match_norm(user)
+            if norm is not None and norm.input is source:
+                found[user] = norm
+            if norm is None or call.op not in ("layer_norm", "rms_norm"):
+                pending.append(user)
+    outer = [
+        norm
+        for norm in found.values()
+        if all(norm is other or norm.node not in other.nodes or len(norm.node.users) > 1 for other in found.values())
+        and not any(inner in norm.nodes and len(inner.users) > 1 for inner in found if inner is not norm.node)
+    ]
+    return sorted(outer, key=lambda norm: norm.node)

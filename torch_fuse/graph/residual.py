@@ -44,10 +44,13 @@ def match_residual(node: Node) -> Residual | None:
     if call is None or call.op not in ("add", "sub", "addcmul", "lerp") or tensor(inner) is None:
         return None
     terms = _sum(inner, 1, seen)
-    full = [term for term in terms if _full(term.tensor, inner)]
-    if len(terms) < 2 or len(full) != len(terms):
+    if len(terms) < 2 or not _all_full(terms, inner):
         return None
     return Residual(node, tuple(terms), frozenset(seen))
+
+
+def _all_full(terms: list[Weighted], result: Node) -> bool:
+    return all(_full(term.tensor, result) for term in terms)
 
 
 def _full(node: Node, result: Node) -> bool:
@@ -85,8 +88,17 @@ def _sum(node: Node, sign: int, seen: set[Node]) -> list[Weighted]:
 
 
 def _operand(node: Node, sign: int, seen: set[Node]) -> list[Weighted]:
-    """The summands of an operand; a value that others read too, such as the residual stream, stays whole."""
-    return _sum(node, sign, seen) if len(node.users) == 1 else [Weighted(strip_casts(node, seen), (), sign)]
+    """The summands of an operand; a value that others read too, such as the residual stream, stays whole.
+
+    So does one with a summand of another shape: a bias, or a table of positions.
+    """
+    if len(node.users) == 1:
+        used: set[Node] = set()
+        terms = _sum(node, sign, used)
+        if _all_full(terms, node):
+            seen |= used
+            return terms
+    return [Weighted(strip_casts(node, seen), (), sign)]
 
 
 def _product(node: Node, a: Any, b: Any, factors: tuple[Any, ...], sign: int) -> Weighted:

@@ -181,6 +181,8 @@ def _outdated(view: GraphView, match: Match, stale: set[Node]) -> bool:
     if stale.intersection((*match.region, *match.inputs)):
         return True
     index = view.order.index
+    if any(node not in index for node in (*match.region, *match.inputs)):
+        return True
     if any(user not in index for node in match.replaced for user in node.users):
         return True
     return view.order.nodes[max(index[node] for node in match.replaced) + 1] in stale
