@@ -249,10 +249,13 @@ def _emit_table(table: Node, heads: Heads, builder: Builder) -> Node:
     """A table as [B or 1, S, lanes]."""
     found = tensor(table)
     assert found is not None
+    call = call_of(table)
+    if call is not None and call.op == "unsqueeze" and found.dim() == 4 and call["dim"] % 4 == heads.axes[1]:
+        return call["input"]
     node = table
     for _ in range(4 - found.dim()):
-        node = builder.call("unsqueeze", node, 0)
-    return builder.call("select", node, heads.axes[1], 0)
+        node = builder.once("unsqueeze", node, 0)
+    return builder.once("select", node, heads.axes[1], 0)
 
 
 def _emit_result(heads: Heads, node: Node, builder: Builder) -> Node:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from harness import Rewriter, compare, fresh_inputs, rewritten
 
+from torch_fuse.kernels import qk_norm_rope
+
 COUNTS = Path(__file__).parent / "fusion_counts.json"
 ATTENTIONS = dict.fromkeys(models.MODELS, 2) | {"Wan": 4}  # two layers each; Wan's have cross-attention too
 
@@ -155,3 +157,12 @@ def test_inductor_compiles_a_rewritten_model_forward_and_backward_for_changing_l
     report = torch_fuse.reports()
     assert len(report.graphs) <= 2  # torch itself compiles a second one for the second backward
     assert report.counts()["norm_qkv_rope_attention"] == {"fused": len(report.graphs)}
+
+
+def test_layers_share_the_tables() -> None:
+    """Given a view for each layer, Inductor computes the tables for each."""
+    rewriter = Rewriter()
+    rewritten(models.build("Llama", num_hidden_layers=4), rewriter)(**models.inputs("Llama"))
+    calls = [node for graph in rewriter.graphs for node in graph.graph.nodes if node.target is qk_norm_rope.reference]
+    assert len(calls) == 4
+    assert len({call.args[4] for call in calls}) == len({call.args[5] for call in calls}) == 1

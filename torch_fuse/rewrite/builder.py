@@ -13,6 +13,10 @@ from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, same_shape, tensor, value
 
 
+# Marks the views that other rewrites may share.
+_EMITTED = "torch_fuse_emitted"
+
+
 class Builder:
     """Inserts calls before one node of a graph."""
 
@@ -41,6 +45,22 @@ class Builder:
             node.meta["example_value"] = evaluate(node, self._mode)
         except Exception as error:
             raise Miss(f"{target} does not accept its inputs: {error}", node) from error
+        return node
+
+    def once(self, target: Callable[..., Any] | str, source: Node, *args: Any) -> Node:
+        """A view of `source`, emitted unless an earlier rewrite has emitted it already.
+
+        Layers share tables; given a view for each layer, Inductor computes the table for each.
+        """
+        for user in source.users:
+            if (
+                user.meta.get(_EMITTED)
+                and (user.target, user.args) == (target, (source, *args))
+                and user < self._before
+            ):
+                return user
+        node = self.call(target, source, *args)
+        node.meta[_EMITTED] = True
         return node
 
     def discard(self) -> None:
