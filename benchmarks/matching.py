@@ -42,10 +42,10 @@ def main() -> None:
             with torch.no_grad():
                 torch.compile(model, backend="fuse", options={"kernels": "reference"})(**inputs)
             total = time.perf_counter() - start
-            matching = torch_fuse.reports().seconds
-            log.write(what="matching", model=name, layers=layers, nodes=sum(g.nodes for g in torch_fuse.reports().graphs),
-                      counts=torch_fuse.reports().counts(), match_s=matching, compile_s=total,
-                      share=matching / total)  # fmt: skip
+            report = torch_fuse.reports()
+            nodes = sum(graph.nodes for graph in report.graphs)
+            log.write(what="matching", model=name, layers=layers, nodes=nodes, counts=report.counts(),
+                      match_s=report.seconds, compile_s=total, share=report.seconds / total)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -175,8 +175,7 @@ def _results(norm: Norm) -> list[_Result]:
         alike = other.norm.weight_offset == first.norm.weight_offset and other.modulation is first.modulation is None
         if alike and tensor(other.node).dtype == tensor(first.node).dtype:  # type: ignore[union-attr]
             return [first, other]
-    mine = [result for result in results if result.norm.node is norm.node]
-    return mine
+    return [result for result in results if result.norm.node is norm.node]
 
 
 def _result(norm: Norm) -> _Result:

@@ -12,7 +12,6 @@ from torch_fuse._compat import FakeTensorMode, no_guards, op_overload
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, same_shape, tensor, value
 
-
 # Marks the views that other rewrites may share.
 _EMITTED = "torch_fuse_emitted"
 
