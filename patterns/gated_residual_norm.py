@@ -175,8 +175,7 @@ def _results(norm: Norm) -> list[_Result]:
         alike = other.norm.weight_offset == first.norm.weight_offset and other.modulation is first.modulation is None
         if alike and tensor(other.node).dtype == tensor(first.node).dtype:  # type: ignore[union-attr]
             return [first, other]
-    mine = [result for result in results if result.norm.node is norm.node]
-    return mine
+    return [result for result in results if result.norm.node is norm.node]
 
 
 def _result(norm: Norm) -> _Result:
@@ -304,7 +303,8 @@ def _no_profit(total: _Sum, results: list[_Result], region: set[Node]) -> str | 
     for term in total.terms:
         if not in_memory(term.y):
             return f"{term.y.name} is computed elementwise: Inductor computes it in the kernel of the norm"
-    if not in_memory(total.x) and all(user in region for user in total.x.users):
+    # a stream that others read too is written for them
+    if not in_memory(total.x) and (not total.terms or all(user in region for user in total.x.users)):
         return f"{total.x.name} is computed elementwise: Inductor computes it in the kernel of the norm"
     factors = [term.gate for term in total.terms]
     factors += [f for r in results if r.modulation for f in (r.modulation.scale, r.modulation.shift)]
