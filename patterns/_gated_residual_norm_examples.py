@@ -214,6 +214,13 @@ def normalised_value_returned(m: Weights, x: Tensor, condition: Tensor) -> Any:
     return r, h, m.left(h * (1 + condition[:, :1]))
 
 
+def step_returned(m: Weights, x: Tensor, _: Tensor) -> Any:
+    r = m.one(x) + x
+    wide = r.float()
+    rsqrt = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return r, rsqrt, m.left(m.w1 * (wide * rsqrt).to(x.dtype))
+
+
 def unrounded_sum(m: Weights, x: Tensor, _: Tensor) -> Any:
     """The stream is rounded, the norm reads what was not."""
     total = x.float() + m.one(x).float()
@@ -228,7 +235,7 @@ def lerped(m: Weights, x: Tensor, _: Tensor) -> Any:
 _NEAR_MISSES = (
     other_eps, written_in_place, term_written_between, added_in_place, partial_sum_returned,
     broadcast_stream, norm_over_other_dim, two_dims, scale_without_one, scale_and_two, normalised_value_returned,
-    unrounded_sum, lerped,
+    step_returned, unrounded_sum, lerped,
 )  # fmt: skip
 
 

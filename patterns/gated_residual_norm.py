@@ -303,7 +303,8 @@ def _no_profit(total: _Sum, results: list[_Result], region: set[Node]) -> str | 
     for term in total.terms:
         if not in_memory(term.y):
             return f"{term.y.name} is computed elementwise: Inductor computes it in the kernel of the norm"
-    if not in_memory(total.x) and all(user in region for user in total.x.users):
+    # a stream that others read too is written for them
+    if not in_memory(total.x) and (not total.terms or all(user in region for user in total.x.users)):
         return f"{total.x.name} is computed elementwise: Inductor computes it in the kernel of the norm"
     factors = [term.gate for term in total.terms]
     factors += [f for r in results if r.modulation for f in (r.modulation.scale, r.modulation.shift)]
