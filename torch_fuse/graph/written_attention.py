@@ -402,9 +402,10 @@ def _number_operand(call: Call, node: Node) -> tuple[Node, Any] | None:
     sides = [(call["input"], call["other"])] + ([(call["other"], call["input"])] if call.op == "mul" else [])
     for source, number in sides:
         plain = isinstance(number, (int, float)) or (isinstance(number, Node) and tensor(number) is None)
-        if plain and isinstance(source, Node) and _same_shape(source, node):
-            if tensor(source).dtype == tensor(node).dtype:  # type: ignore[union-attr]
-                return source, number
+        if not (plain and isinstance(source, Node) and _same_shape(source, node)):
+            continue
+        if tensor(source).dtype == tensor(node).dtype:  # type: ignore[union-attr]
+            return source, number
     return None
 
 
