@@ -248,6 +248,7 @@ _PLAIN: dict[str, Attend] = {
     "scaled_both": lambda q, k, v: torch.softmax((q * 0.5) @ (0.5 * k).transpose(-2, -1), dim=-1) @ v,
     "scaled_transposed_key": lambda q, k, v: (q @ (k.permute(0, 1, 3, 2) / 3)).softmax(-1) @ v,
     "einsum": lambda q, k, v: torch.einsum("bhqk,bhkd->bhqd", torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1), v),
+    "key_stored_transposed": lambda q, k, v: (q @ k[:, :, :D]).softmax(-1) @ v[:, :, :D],
     "not_scaled": lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
     "softmax_in_float32": _float_softmax,
     "everything_in_float32": _everything_in_float,
@@ -302,7 +303,6 @@ _UNLIKE: dict[str, Attend] = {
     "filled_then_scaled": lambda q, k, v: ((q @ k.mT).masked_fill(_causal(q), -math.inf) * 0.5).softmax(-1) @ v,
     "scores_written_to": _written_to,
     "query_written_to": _query_written_to,
-    "key_not_transposed": lambda q, k, v: (q @ k[:, :, :D]).softmax(-1) @ v[:, :, :D],
     "dropout": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.5) @ v,
     "bias_rounded": lambda q, k, v: (q @ k.mT + torch.arange(S, device=q.device) * 0.123).softmax(-1).to(v.dtype) @ v,
     "all_keys_excluded": lambda q, k, v: (

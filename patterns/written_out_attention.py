@@ -91,6 +91,11 @@ class WrittenOutAttention(Pattern):
             return f"not measured on {kind}"
         if query.dtype == torch.float64:
             return "SDPA has no fused kernel for float64"
+        for name, operand in (("query", written.query), ("key", written.key), ("value", written.value)):
+            found = tensor(operand.node)
+            assert found is not None
+            if not equal(found.stride(operand.dims[-1]), 1):
+                return f"the {name} is stored with its head dim strided, which SDPA's fused kernels do not read"
         length, dim = (written.query.sizes()[i] for i in (-2, -1))
         if size_hint(dim, MAX_HEAD_DIM) > MAX_HEAD_DIM:
             return f"SDPA has no fused kernel for head_dim {dim}"
