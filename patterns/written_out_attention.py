@@ -47,7 +47,8 @@ from torch_fuse.rewrite.registry import register
 from torch_fuse.rewrite.view import GraphView
 
 # Fewer queries than this, and two small products and a softmax that Inductor fuses are not beaten for sure.
-MIN_QUERIES = {"cuda": 128, "cpu": 64}
+MIN_QUERIES = {"cuda": 128, "cpu": 128}
+MIN_QUERIES_WITH_GRADIENTS = {"cuda": 256, "cpu": 256}
 MAX_HEAD_DIM = 256  # of the flash and memory-efficient kernels
 
 
@@ -99,7 +100,8 @@ class WrittenOutAttention(Pattern):
         length, dim = (written.query.sizes()[i] for i in (-2, -1))
         if size_hint(dim, MAX_HEAD_DIM) > MAX_HEAD_DIM:
             return f"SDPA has no fused kernel for head_dim {dim}"
-        queries, least = size_hint(length, MIN_QUERIES[kind]), MIN_QUERIES[kind]
+        least = (MIN_QUERIES_WITH_GRADIENTS if out.requires_grad else MIN_QUERIES)[kind]
+        queries = size_hint(length, least)
         if queries < least:
             return f"{queries} queries: Inductor's softmax between two products is as fast; SDPA pays from {least} on"
         return None
