@@ -66,6 +66,8 @@ def test_outputs_and_gradients_agree(name: str, dtype: torch.dtype) -> None:
     (outcome,) = outcomes(result)
     if name == "Gemma2":
         assert outcome == ("kept", "the scores go through tanh (softcap)")
+    elif (name, dtype) == ("MPT", torch.bfloat16):  # ALiBi stays float32
+        assert outcome == ("missed", "the bias is torch.float32, which SDPA would round to torch.bfloat16")
     else:
         assert outcome[0] == "fused", outcome
     assert not result.problems, result.reasons

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch_fuse import Options
 from torch_fuse.graph.calls import call_of
 from torch_fuse.report import Site
-from torch_fuse.rewrite.registry import patterns
+from torch_fuse.rewrite.pattern import STAGES, Pattern
+from torch_fuse.rewrite.registry import patterns, register
 
 PATTERN = "written_out_attention"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -84,8 +85,8 @@ def test_what_already_is_sdpa_is_not_touched() -> None:
 
 
 def test_it_runs_before_the_patterns_that_take_sdpa() -> None:
-    names = list(patterns())
-    assert names.index(PATTERN) < min(names.index(name) for name in names if name != PATTERN)
+    stages = [pattern.stage for pattern in patterns().values()]
+    assert patterns()[PATTERN].stage == "canonicalise" and stages == sorted(stages, key=STAGES.index)
 
     def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.mT).masked_fill(later(9), -math.inf).softmax(-1) @ v
@@ -95,6 +96,33 @@ def test_it_runs_before_the_patterns_that_take_sdpa() -> None:
     assert {(PATTERN, "fused"), ("causal_mask", "fused")} <= rewriter.statuses
     (call,) = [c for c in map(call_of, rewriter.graphs[0].graph.nodes) if c and c.op == "scaled_dot_product_attention"]
     assert call["is_causal"] is True and call["attn_mask"] is None
+
+
+def test_a_stage_that_does_not_exist_is_refused_by_name() -> None:
+    class Late(Pattern):
+        name = "late"
+        stage = "afterwards"  # type: ignore[assignment]
+
+    with pytest.raises(ValueError, match=r"'afterwards'; allowed: canonicalise, fuse"):
+        register(Late)
+    assert "late" not in patterns()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("weights_read", "the attention weights are used elsewhere too"),
+        ("masked", "may exclude every key"),
+        ("dropout", "dropped at random"),
+    ],
+)
+def test_multi_head_attention_that_needs_its_weights_stays(name: str, reason: str) -> None:
+    (example,) = [x for x in patterns()["unread_attention_weights"].near_misses() if x.name == name]
+    model, inputs = example.make(torch.float32)
+    rewriter = Rewriter()
+    rewritten(model, rewriter)(*inputs)
+    (found,) = [s for s in rewriter.report.sites if s.pattern == "unread_attention_weights"]
+    assert found.status != "fused" and reason in found.reason
 
 
 # -- rows without keys ---------------------------------------------------------------------------------------------
@@ -212,6 +240,22 @@ def test_a_query_of_another_dtype_is_refused() -> None:
     q = q.detach().float().requires_grad_()
     result = compare(lambda q, k, v: (q @ k.float().mT).softmax(-1).to(v.dtype) @ v, (q, k, v))
     assert "the query is torch.float32" in site(result).reason and not result.problems
+
+
+# -- batch and heads -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("heads", "status"), [((2, 3), "fused"), ((3, 2), "missed")])
+def test_heads_that_are_split_in_two_ways_are_refused(heads: tuple[int, int], status: str) -> None:
+    """The bias of the scores is for (3, 2), where one dimension of it is broadcast."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        scores = torch.bmm(q, k.mT).view(2, 3, 9, 9).view(*heads, 9, 9) + bias
+        return torch.bmm(scores.view(2, 3, 9, 9).softmax(-1).view(6, 9, 9), v)
+
+    bias = torch.randn(1, heads[1], 9, 9, requires_grad=True)
+    result = compare(model, (*qkv(torch.float32, 6, 9, 8), bias))
+    assert site(result).status == status and not result.problems
 
 
 # -- scale ---------------------------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ What a mask keeps is `torch_fuse.graph.mask`; here is what holds of masks and bi
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Node
 
 from torch_fuse.graph.calls import Call, call_of
@@ -127,8 +127,8 @@ def is_moderate(node: Any, order: Order, before: Node, depth: int = 40) -> bool:
         return isinstance(found, torch.nn.Parameter) or found.requires_grad
     call = call_of(node)
     if call is None:
-        name = getattr(node.target, "__name__", "")
-        return name == "embedding" and node.target is not operator.getitem
+        looked_up = node.target is F.embedding and len(node.args) > 1
+        return looked_up and is_moderate(node.args[1], order, before, depth - 1)
     if call.inplace or depth == 0:
         return False
     if call.op in _LAYERS:

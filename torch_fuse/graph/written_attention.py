@@ -18,7 +18,7 @@ from torch_fuse.graph.linear import transposed_source
 from torch_fuse.graph.norm import strip_casts
 from torch_fuse.graph.product import Operand, Product, match_product
 from torch_fuse.graph.score_bias import constant
-from torch_fuse.graph.values import equal, same_shape, tensor, value
+from torch_fuse.graph.values import same_shape, tensor, value
 
 _LIMIT = 24  # steps between the two products
 _VIEWS = ("view", "reshape", "flatten", "unflatten")
@@ -410,11 +410,16 @@ def _number_operand(call: Call, node: Node) -> tuple[Node, Any] | None:
 
 
 def batch_sizes(written: WrittenOut) -> tuple[Any, Any] | None:
-    """(batch, heads): as the graph tells them apart, (1, N) for N matrices, None for more than two dimensions."""
-    sizes = [written.query.sizes()[:-2], written.value.sizes()[:-2]]
-    if any(len(x) > 2 for x in sizes):
+    """(batch, heads): as the graph tells them apart, (1, N) for N matrices, None when it does not tell clearly."""
+    products = (written.query, written.key, written.value)
+    shapes = [operand.sizes()[:-2] for operand in products]
+    shapes += [x.shape[:-2] for x in map(tensor, written.nodes - {written.node}) if x is not None]
+    if any(len(shape) > 2 for shape in shapes):
         return None
     if written.heads is None:
-        return 1, sizes[0][0]
-    merged = written.heads[0] * written.heads[1]
-    return written.heads if all(len(x) == 2 or equal(x[0], merged) for x in sizes) else None
+        return 1, written.query.sizes()[0]
+    merged = (written.heads[0] * written.heads[1],)
+    for shape in shapes[len(products) :]:
+        if not same_shape(shape, written.heads if len(shape) == 2 else merged):
+            return None
+    return written.heads
