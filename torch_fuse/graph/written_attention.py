@@ -7,6 +7,7 @@ an attention but no `scaled_dot_product_attention` (softcap, sinks, weights that
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -412,7 +413,7 @@ def _number_operand(call: Call, node: Node) -> tuple[Node, Any] | None:
 def batch_sizes(written: WrittenOut) -> tuple[Any, Any] | None:
     """(batch, heads): as the graph tells them apart, (1, N) for N matrices, None when it does not tell clearly."""
     products = (written.query, written.key, written.value)
-    shapes = [operand.sizes()[:-2] for operand in products]
+    shapes: list[Sequence[Any]] = [operand.sizes()[:-2] for operand in products]
     shapes += [x.shape[:-2] for x in map(tensor, written.nodes - {written.node}) if x is not None]
     if any(len(shape) > 2 for shape in shapes):
         return None
