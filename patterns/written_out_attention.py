@@ -6,8 +6,9 @@ After:  scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 For every model with eager attention (transformers' attn_implementation="eager", GPT-J, BLOOM, MPT, BERT, nanoGPT, ViT):
 matmul, bmm, baddbmm or einsum; scaling of the query, the key or the scores; masks that are added, filled in or chosen
 with `where`; biases (ALiBi, relative positions) with their gradients; softmax in float32. It runs before all other
-patterns, so that they see what SDPA is given. Inductor's own pass (fuse_attention.py) matches fixed templates after
-decomposition: no bias with gradients, no baddbmm, no einsum, no masks of rank 3, no float32 softmax of most dtypes.
+patterns, so that they see what SDPA is given. Inductor's own pass
+(fuse_attention.py) takes the plain form; with torch 2.15 it took none of: a causal mask computed in the graph, added
+or filled in, a bias, baddbmm with ALiBi, einsum in [B, S, H, D] order; neither forward nor in training.
 
 What holds:
 - Scores are not rounded to the query's dtype, nor weights before they are normalised: the error against exact
