@@ -39,8 +39,9 @@ from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.product import Operand
 from torch_fuse.graph.score_mask import MaskPlan, plan_mask
+from torch_fuse.graph.score_walk import Factor, Term
 from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor
-from torch_fuse.graph.written_attention import Factor, Term, WrittenOut, batch_sizes
+from torch_fuse.graph.written_attention import WrittenOut, batch_sizes
 from torch_fuse.options import Options
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern

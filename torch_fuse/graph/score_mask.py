@@ -20,8 +20,9 @@ from torch_fuse.graph.mask import match_kept_keys
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.norm import strip_casts
 from torch_fuse.graph.score_bias import EXCLUDING, MODERATE, excluded_value, is_moderate
+from torch_fuse.graph.score_walk import Fill, Term
 from torch_fuse.graph.values import tensor
-from torch_fuse.graph.written_attention import Fill, Term, WrittenOut
+from torch_fuse.graph.written_attention import WrittenOut
 
 # A score that is replaced by a number from here down has a weight of zero next to any score of a real model.
 LOW_FILL = -1e9
