@@ -35,10 +35,8 @@ class CausalMask(Pattern):
 
     def match(self, view: GraphView, anchor: Node) -> Match | None:
         attention = view.attentions[anchor]
-        if attention.mask is None:
+        if attention.mask is None or attention.written is not None:  # `written_out_attention` says why it still is
             return None
-        if attention.written_out:
-            raise Miss("the attention is written out with matmul and softmax; only SDPA takes is_causal", anchor)
         if attention.is_causal is not False:
             raise Miss("the attention has both a mask and is_causal", anchor)
         meaning = view.mask_meaning(attention.mask, anchor)

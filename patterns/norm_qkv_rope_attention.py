@@ -48,6 +48,8 @@ class NormQkvRopeAttention(Pattern):
 
     def match(self, view: GraphView, anchor: Node) -> Match | None:
         attention = view.attentions[anchor]
+        if not attention.heads_first:
+            return None
         query = match_heads(attention.query, view.order, view.fake_mode)
         known = () if query.rope is None else (query.rope.cos, query.rope.sin)
         unrepeated, _ = expanded_heads(attention.key)

@@ -41,7 +41,7 @@ class UnevenHeadAttention(Pattern):
 
     def match(self, view: GraphView, anchor: Node) -> Match | None:
         attention = view.attentions[anchor]
-        plain = attention.mask is None and attention.dropout_p == 0 and not attention.written_out
+        plain = attention.mask is None and attention.dropout_p == 0 and attention.written is None
         if not plain or attention.is_causal not in (True, False):
             return None
         query, key, value = attention.query, attention.key, attention.value

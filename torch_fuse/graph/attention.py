@@ -9,9 +9,8 @@ from typing import Any
 from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
-from torch_fuse.graph.linear import transposed_source
-from torch_fuse.graph.norm import strip_casts
 from torch_fuse.graph.values import equal, same_shape, static_int, tensor
+from torch_fuse.graph.written_attention import WrittenOut, match_written_out
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,8 @@ class Attention:
         is_causal: queries attend to keys up to their own index.
         scale: factor of the scores, or None for 1 / sqrt(head_dim).
         dropout_p: probability of dropping an attention weight.
-        written_out: it is spelled with matmul and softmax.
+        written: how it is spelled with matmul and softmax, or None; then `mask` is one of its masks, and `scale` is
+            None.
         nodes: the nodes of the attention itself.
     """
 
@@ -39,89 +39,40 @@ class Attention:
     is_causal: bool = False
     scale: Any = None
     dropout_p: Any = 0.0
-    written_out: bool = False
+    written: WrittenOut | None = None
     nodes: frozenset[Node] = field(default_factory=frozenset)
+
+    @property
+    def heads_first(self) -> bool:
+        """Whether query and key are [B, num_heads, S, head_dim]; an einsum takes other orders, bmm three dimensions."""
+        operands = () if self.written is None else (self.written.query, self.written.key)
+        return all(operand.as_it_is and len(operand.dims) == 4 for operand in operands)
 
 
 def match_attention(node: Node) -> Attention | None:
     """Recognises an attention whose result is `node`; None for anything else."""
     call = call_of(node)
-    if call is None:
+    if call is None or call.op != "scaled_dot_product_attention":
+        return _written_out(node)
+    query, key, values = call["query"], call["key"], call["value"]
+    found = [tensor(x) for x in (query, key, values)]
+    if any(x is None or x.dim() < 3 for x in found):
         return None
-    if call.op == "scaled_dot_product_attention":
-        query, key, values = call["query"], call["key"], call["value"]
-        found = [tensor(x) for x in (query, key, values)]
-        if any(x is None or x.dim() < 3 for x in found):
-            return None
-        return Attention(
-            node, query, key, values, call["attn_mask"], call["is_causal"], call["scale"], call["dropout_p"],
-            nodes=frozenset({node}),
-        )  # fmt: skip
-    return _written_out(node) if call.op == "matmul" else None
+    return Attention(
+        node, query, key, values, call["attn_mask"], call["is_causal"], call["scale"], call["dropout_p"],
+        nodes=frozenset({node}),
+    )  # fmt: skip
 
 
 def _written_out(node: Node) -> Attention | None:
-    call = call_of(node)
-    assert call is not None
-    nodes = {node}
-    weights, dropout_p = _weights(call["input"], nodes)
-    softmax = call_of(weights)
-    if softmax is None or softmax.op != "softmax":
+    written = match_written_out(node)
+    if written is None:
         return None
-    scores = tensor(weights)
-    if scores is None or scores.dim() < 3 or softmax["dim"] not in (-1, scores.dim() - 1):
-        return None
-    nodes.add(weights)
-    mask, scale, current = None, None, strip_casts(softmax["input"], nodes)
-    for _ in range(4):
-        step = call_of(current)
-        if step is None or step.inplace:
-            return None
-        if step.op == "matmul":
-            key = transposed_source(strip_casts(step["other"], nodes))
-            if key is None:
-                return None
-            query = strip_casts(step["input"], nodes)
-            nodes.update({current, strip_casts(step["other"])})
-            return Attention(
-                node, query, strip_casts(key, nodes), call["other"], mask, False, scale, dropout_p, True,
-                frozenset(nodes),
-            )  # fmt: skip
-        nodes.add(current)
-        if step.op == "add" and tensor(step["other"]) is not None and mask is None and step["alpha"] == 1:
-            bigger = _scores_operand(step["input"], step["other"])
-            mask = step["other"] if bigger is step["input"] else step["input"]
-            current = strip_casts(bigger, nodes)
-        elif step.op in ("mul", "div") and scale is None:
-            scale = step["other"] if step.op == "mul" else ("1/", step["other"])
-            current = strip_casts(step["input"], nodes)
-        elif step.op in ("masked_fill", "where") and mask is None:
-            mask = step["mask"] if step.op == "masked_fill" else step["condition"]
-            current = strip_casts(step["input"], nodes)
-        else:
-            return None
-    return None
-
-
-def _scores_operand(a: Node, b: Node) -> Node:
-    """Of two summands, the one that comes from a product."""
-    for candidate in (a, b):
-        inner = call_of(strip_casts(candidate))
-        if inner is not None and inner.op in ("matmul", "mul", "div"):
-            return candidate
-    return a
-
-
-def _weights(node: Any, nodes: set[Node]) -> tuple[Any, Any]:
-    """Looks through casts and dropout between softmax and the product with the values."""
-    dropout_p: Any = 0.0
-    node = strip_casts(node, nodes)
-    call = call_of(node)
-    if call is not None and call.op == "dropout":
-        dropout_p = call["p"] if call["training"] else 0.0
-        nodes.add(node)
-        node = strip_casts(call["input"], nodes)
-    return node, dropout_p
+    masks = [term.node for term in written.terms] + [fill.mask for fill in written.fills]
+    return Attention(
+        node, written.query.node, written.key.node, written.value.node, masks[0] if masks else None,
+        dropout_p=written.dropout_p, written=written, nodes=written.nodes,
+    )  # fmt: skip
 
 
 def expanded_heads(node: Node) -> tuple[Node, set[Node]]:

@@ -46,6 +46,7 @@ addcmul(input, tensor1, tensor2, *, value=1)
 linear(input, weight, bias=None)
 matmul(input, other)
 addmm(input, mat1, mat2, *, beta=1, alpha=1)
+baddbmm(input, batch1, batch2, *, beta=1, alpha=1)
 layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-05, cudnn_enable=True)
 rms_norm(input, normalized_shape, weight=None, eps=None)
 scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *,

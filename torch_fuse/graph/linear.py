@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
@@ -71,7 +72,8 @@ def transposed_source(node: Any) -> Node | None:
     call = call_of(node)
     if call is None and isinstance(node, Node) and node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        if "getattr" in name and node.args[1:] and node.args[1] in ("T", "mT"):
+        is_attribute = "getattr" in name and node.args[1:] and node.args[1] in ("T", "mT")
+        if is_attribute or node.target is torch.ops.aten.mT:  # `x.mT`, which torch 2.15 traces as an operator
             return node.args[0] if isinstance(node.args[0], Node) else None
     if call is None or found is None:
         return None

@@ -52,6 +52,45 @@ def match_mask(node: Node, order: Order, before: Node, shape_env: ShapeEnv | Non
         return meaning
 
 
+def match_kept_keys(
+    node: Node, order: Order, before: Node, shape_env: ShapeEnv | None, *, inverted: bool = False
+) -> frozenset[str]:
+    """Keys that a mask is proven to keep for every query: "own" (of the query's index), "first".
+
+    Args:
+        node: boolean mask (True: attend) or additive mask, broadcastable to [B, H, S_q, S_k].
+        order: positions of the graph's nodes.
+        before: the attention that reads the mask.
+        shape_env: of the graph, for dynamic sizes.
+        inverted: the mask is boolean, and True means that the key is not attended to.
+
+    Returns:
+        Empty when neither is proven, in particular for masks that depend on data.
+    """
+    found = tensor(node)
+    if found is None or not 2 <= found.dim() <= 4:
+        return frozenset()
+    rank = found.dim()
+    i, j = DIM[rank - 2], DIM[rank - 1]
+    trace = IndexTrace()
+    try:
+        keep = _keep_condition(trace.trace(node), found, node)
+        order.check_unwritten(list(trace.nodes), order.index[before])
+    except Miss:
+        return frozenset()
+    if inverted:
+        keep = sympy.Not(keep)
+    sizes = {DIM[d]: size_expr(size) for d, size in enumerate(found.shape)}
+    keys = {"first": sympy.Integer(0)}
+    if known_true(sympy.Ge(sizes[j], sizes[i]), shape_env):
+        keys["own"] = i
+    return frozenset(
+        name
+        for name, key in keys.items()
+        if all(_truth(part, sizes, shape_env) for part in sympy.And.make_args(keep.subs(j, key)))
+    )
+
+
 def _keep_condition(element: sympy.Basic, found: torch.Tensor, node: Node) -> sympy.Basic:
     """The condition under which a pair is attended to."""
     if found.dtype == torch.bool:

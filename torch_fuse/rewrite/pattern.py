@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch.fx import Node
@@ -13,6 +13,9 @@ from torch.fx import Node
 from torch_fuse.options import Options
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.view import GraphView
+
+Stage = Literal["canonicalise", "fuse"]
+STAGES: tuple[str, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,15 @@ class Pattern:
         name: unique, named by what it does.
         kind: the candidates it is tried on: "attention", "norm_linear", "combine", "dequant", or "" for its own
             `anchors`.
+        stage: when it is tried: all "canonicalise" patterns, which only respell so that others recognise more, come
+            before all "fuse" patterns; within a stage the order is alphabetical.
         op: qualified name of the op that it emits, or "" when it emits PyTorch's own operators.
         needs_kernel: False when the rewrite uses PyTorch's own operators only and wins on every device.
     """
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = ""
+    stage: ClassVar[Stage] = "fuse"
     op: ClassVar[str] = ""
     needs_kernel: ClassVar[bool] = True
 

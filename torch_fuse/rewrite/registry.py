@@ -11,7 +11,7 @@ import pkgutil
 import threading
 from typing import TypeVar
 
-from torch_fuse.rewrite.pattern import Pattern
+from torch_fuse.rewrite.pattern import STAGES, Pattern
 
 ENTRY_POINT_GROUP = "torch_fuse.patterns"
 
@@ -27,22 +27,25 @@ def register(pattern: P) -> P:
     """Class decorator that adds a pattern; one of the same name is replaced.
 
     Raises:
-        ValueError: for a class that is no `Pattern` or has no name.
+        ValueError: for a class that is no `Pattern`, has no name or an unknown stage.
     """
     if not (inspect.isclass(pattern) and issubclass(pattern, Pattern)):
         raise ValueError(f"pattern is {pattern!r}; allowed: a subclass of torch_fuse.Pattern")
     if not pattern.name.isidentifier():
         raise ValueError(f"{pattern.__name__}.name is {pattern.name!r}; allowed: an identifier")
+    if pattern.stage not in STAGES:
+        raise ValueError(f"{pattern.__name__}.stage is {pattern.stage!r}; allowed: {', '.join(STAGES)}")
     with _lock:
         _patterns[pattern.name] = pattern()
     return pattern
 
 
 def patterns() -> dict[str, Pattern]:
-    """All patterns by name, in the order in which they are tried: alphabetically."""
+    """All patterns by name, in the order in which they are tried: by stage, then alphabetically."""
     _discover()
     with _lock:
-        return {name: _patterns[name] for name in sorted(_patterns)}
+        order = sorted(_patterns.values(), key=lambda pattern: (STAGES.index(pattern.stage), pattern.name))
+        return {pattern.name: pattern for pattern in order}
 
 
 def _discover() -> None:

@@ -1,0 +1,283 @@
+"""Attention written out with two products and a softmax becomes `scaled_dot_product_attention`.
+
+Before: softmax(q @ k.transpose(-1, -2) * scale + mask, dim=-1) @ v
+After:  scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+For every model with eager attention (transformers' attn_implementation="eager", GPT-J, BLOOM, MPT, BERT, nanoGPT, ViT):
+matmul, bmm, baddbmm or einsum; scaling of the query, the key or the scores; masks that are added, filled in or chosen
+with `where`; biases (ALiBi, relative positions) with their gradients; softmax in float32. It runs before all other
+patterns, so that they see what SDPA is given. Inductor's own pass
+(fuse_attention.py) takes the plain form; with torch 2.15 it took none of: a causal mask computed in the graph, added
+or filled in, a bias, baddbmm with ALiBi, einsum in [B, S, H, D] order; neither forward nor in training.
+
+What holds:
+- Scores are not rounded to the query's dtype, nor weights before they are normalised: the error against exact
+  attention is the same or smaller.
+- A mask in another dtype is converted only where that cannot change it (0 and a number that excludes); a bias never.
+- Rows in which every key is excluded keep their meaning, forward and backward: it is proven that there are none
+  (causal masks, windows), they are computed apart (the mean of the values, or NaN for -inf), or the site is refused
+  (masks that are added and depend on data, where gradients are needed). Integers and parameters, and what layers make
+  of data, are taken to be moderate as biases; a floating-point input of the graph may be a mask, and is refused.
+- Dropout would draw other random numbers: attention that drops weights stays as it is. So does attention whose weights
+  are used elsewhere too, with softcap, or with sinks.
+
+Wins on CUDA and CPU from some length on, the more the longer: nothing of size S_q x S_k is stored.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.product import Operand
+from torch_fuse.graph.score_mask import MaskPlan, plan_mask
+from torch_fuse.graph.score_walk import Factor, Term
+from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor
+from torch_fuse.graph.written_attention import WrittenOut, batch_sizes
+from torch_fuse.options import Options
+from torch_fuse.rewrite.builder import Builder
+from torch_fuse.rewrite.pattern import Example, Match, Pattern
+from torch_fuse.rewrite.registry import register
+from torch_fuse.rewrite.view import GraphView
+
+# Fewer queries than this, and two small products and a softmax that Inductor fuses are not beaten for sure.
+MIN_QUERIES = {"cuda": 128, "cpu": 128}
+MIN_QUERIES_WITH_GRADIENTS = {"cuda": 256, "cpu": 256}
+MAX_HEAD_DIM = 256  # of the flash and memory-efficient kernels
+
+
+@register
+class WrittenOutAttention(Pattern):
+    """Attention written out with matmul and softmax becomes scaled_dot_product_attention."""
+
+    name = "written_out_attention"
+    kind = "attention"
+    stage = "canonicalise"
+    needs_kernel = False
+
+    def match(self, view: GraphView, anchor: Node) -> Match | None:
+        written = view.attentions[anchor].written
+        if written is None:
+            return None
+        region = written.nodes | written.before
+        operands = tuple(operand.node for operand in (written.query, written.key, written.value))
+        refusal = _refusal(written)
+        bindings: dict[str, Any] = {"written": written, "refusal": refusal}
+        if refusal:
+            return Match(anchor, bindings, (anchor,), region, operands)
+        _check_dtypes(written)
+        sizes = batch_sizes(written)
+        if sizes is None:
+            raise Miss("the scores have more than batch, head, query and key, or heads are split unclearly", anchor)
+        plan = plan_mask(written, view.order, view.shape_env)
+        bindings |= {"sizes": sizes, "plan": plan}
+        read = [*(term.node for term in (*written.terms, *plan.terms)), *(fill.mask for fill in plan.fills)]
+        read += [factor.number for factor in written.factors if isinstance(factor.number, Node)]
+        return Match(anchor, bindings, (anchor,), region, (*operands, *dict.fromkeys(read)), plan.note)
+
+    def check(self, match: Match, options: Options) -> str | None:
+        written = match.bindings["written"]
+        if match.bindings["refusal"] or options.kernels == "reference":
+            return match.bindings["refusal"] or None
+        query, out = tensor(written.query.node), tensor(written.node)
+        assert query is not None and out is not None
+        kind = query.device.type
+        if kind not in MIN_QUERIES:
+            return f"not measured on {kind}"
+        if query.dtype == torch.float64:
+            return "SDPA has no fused kernel for float64"
+        for name, operand in (("query", written.query), ("key", written.key), ("value", written.value)):
+            found = tensor(operand.node)
+            assert found is not None
+            if not equal(found.stride(operand.dims[-1]), 1):
+                return f"the {name} is stored with its head dim strided, which SDPA's fused kernels do not read"
+        length, dim = (written.query.sizes()[i] for i in (-2, -1))
+        if size_hint(dim, MAX_HEAD_DIM) > MAX_HEAD_DIM:
+            return f"SDPA has no fused kernel for head_dim {dim}"
+        least = (MIN_QUERIES_WITH_GRADIENTS if out.requires_grad else MIN_QUERIES)[kind]
+        queries = size_hint(length, least)
+        if queries < least:
+            return f"{queries} queries: Inductor's softmax between two products is as fast; SDPA pays from {least} on"
+        return None
+
+    def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
+        written, plan = match.bindings["written"], match.bindings["plan"]
+        emit = _Emitter(builder, written, match.bindings["sizes"])
+        scale, tensors = emit.scale()
+        query, key, value = (emit.operand(x) for x in (written.query, written.key, written.value))
+        for factor in tensors:
+            query = emit.scaled_query(query, factor)
+        mask, lonely = emit.mask(plan)
+        new = builder.call(F.scaled_dot_product_attention, query, key, value, attn_mask=mask, scale=scale)
+        if lonely is not None:
+            new = builder.call(torch.where, lonely, emit.without_keys(value, lonely, plan), new)
+        return {match.anchor: emit.result(new)}
+
+    def spellings(self) -> Iterator[Example]:
+        from torch_fuse.patterns import _written_examples
+
+        return _written_examples.spellings()
+
+    def near_misses(self) -> Iterator[Example]:
+        from torch_fuse.patterns import _written_examples
+
+        return _written_examples.near_misses()
+
+
+def _refusal(written: WrittenOut) -> str:
+    if written.refusal:
+        return written.refusal
+    if not (isinstance(written.dropout_p, (int, float)) and written.dropout_p == 0):
+        return "attention weights are dropped at random; SDPA would draw other random numbers"
+    return ""
+
+
+def _check_dtypes(written: WrittenOut) -> None:
+    out = tensor(written.node)
+    assert out is not None
+    if not out.dtype.is_floating_point or out.dtype.itemsize == 1:
+        raise Miss(f"the attention has dtype {out.dtype}", written.node)
+    scores = tensor(written.scores)
+    sources = [tensor(x) for x in written.scores.all_input_nodes]
+    if scores is None or any(x is not None and x.dtype != scores.dtype for x in sources):
+        raise Miss("autocast changes the dtype of the scores", written.scores)
+    for name, operand in (("query", written.query), ("key", written.key), ("value", written.value)):
+        found = tensor(operand.node)
+        assert found is not None
+        if found.dtype != out.dtype or found.device != out.device:
+            raise Miss(
+                f"the {name} is {found.dtype} on {found.device}, the result {out.dtype} on {out.device}", written.node
+            )
+    wide = {x.dtype for x in map(tensor, written.nodes) if x is not None and x.dtype == torch.float64}
+    if wide and out.dtype != torch.float64:
+        raise Miss(f"it is computed in float64 and rounded to {out.dtype}", written.node)
+    if any(static_int(size) == 0 for operand in (written.query, written.key) for size in operand.sizes()):
+        raise Miss("it has no elements", written.node)
+
+
+class _Emitter:
+    """Emits the parts of the call, all as [B, H, ...]."""
+
+    def __init__(self, builder: Builder, written: WrittenOut, sizes: tuple[Any, Any]) -> None:
+        self.builder = builder
+        self.written = written
+        self.sizes = sizes
+        self.dtype = tensor(written.node).dtype  # type: ignore[union-attr]
+
+    def scale(self) -> tuple[Any, list[Factor]]:
+        """The product of all factors that are numbers, and the others."""
+        scale: Any = 1.0
+        tensors = []
+        for factor in self.written.factors:
+            if isinstance(factor.number, Node) and tensor(factor.number) is not None:
+                tensors.append(factor)
+            elif isinstance(scale, float) and isinstance(factor.number, (int, float)):
+                scale = scale / factor.number if factor.divides else scale * factor.number
+            else:
+                apply = operator.truediv if factor.divides else operator.mul
+                scale = self.builder.call(apply, scale, factor.number)
+        return scale, tensors
+
+    def operand(self, operand: Operand) -> Node:
+        """[B, H, S, D]."""
+        node = operand.node
+        call = call_of(node)
+        if (
+            operand.as_it_is
+            and len(operand.dims) == 3
+            and call is not None
+            and call.op in ("view", "reshape", "flatten")
+        ):
+            source = tensor(call["input"])
+            if (
+                source is not None
+                and source.dim() == 4
+                and same_shape(source.shape, (*self.sizes, *operand.sizes()[1:]))
+            ):
+                return call["input"]
+        if not operand.as_it_is:
+            node = self.builder.call("permute", node, operand.dims)
+        if len(operand.dims) == 3:
+            node = self._split(node)
+        found = tensor(node)
+        assert found is not None
+        if not same_shape(found.shape[:2], self.sizes):
+            node = self.builder.call("expand", node, *self.sizes, -1, -1)
+        return node
+
+    def _split(self, node: Node) -> Node:
+        """[N, ...] as [B, H, ...]; [1, ...] as [1, 1, ...]."""
+        found = tensor(node)
+        assert found is not None
+        if equal(self.sizes[0], 1) or equal(found.shape[0], 1):
+            return self.builder.call("unsqueeze", node, 0)
+        return self.builder.call("unflatten", node, 0, self.sizes)
+
+    def scaled_query(self, query: Node, factor: Factor) -> Node:
+        """The query times a tensor that scales the scores."""
+        found, before = tensor(factor.number), tensor(query)
+        assert found is not None and before is not None
+        per_head = found.dim() == 0 or (found.dim() in (3, 4) and all(equal(n, 1) for n in found.shape[-2:]))
+        if self.dtype.itemsize < 4 or not per_head or (found.dim() == 3 and len(self.written.query.dims) == 3):
+            raise Miss(f"the scale is a tensor, by which a query of {self.dtype} would be rounded", factor.number)
+        return self.builder.call("div" if factor.divides else "mul", query, factor.number)
+
+    def _spread(self, node: Node, rank: int) -> Node:
+        """What is broadcast to scores of `rank` dimensions, broadcast to [B, H, S_q, S_k]."""
+        for _ in range(rank - tensor(node).dim()):  # type: ignore[union-attr]
+            node = self.builder.call("unsqueeze", node, 0)
+        return self._split(node) if rank == 3 else node
+
+    def mask(self, plan: MaskPlan) -> tuple[Node | None, Node | None]:
+        """The attn_mask or None, and the rows [.., S_q, 1] in which no key is kept or None."""
+        call, lonely, keep, total = self.builder.call, None, None, None
+        for fill in plan.fills:
+            part = call("logical_not", fill.mask) if fill.inverted else fill.mask
+            part = self._spread(part, fill.rank)
+            keep = part if keep is None else call("logical_and", keep, part)
+        if plan.apart == "fills":
+            lonely = call("logical_not", call("any", keep, -1, True))
+            keep = call("logical_or", keep, lonely)
+        for term in plan.terms:
+            part = self._term(term)
+            total = part if total is None else call("add", total, part)
+            if plan.apart == "term" and term.node is plan.excluding:
+                lonely = call("lt", call("amax", part, -1, True), 0)
+        if keep is None or total is None:
+            return (total if keep is None else keep), lonely
+        return call(torch.where, keep, total, -math.inf), lonely
+
+    def without_keys(self, value: Node, lonely: Node, plan: MaskPlan) -> Node:
+        """What rows without keys give [B, H, 1, D]: with equal weights, or with weights that are NaN."""
+        mean = self.builder.call("mean", value, -2, True)
+        if plan.mean:
+            return mean
+        some = self.builder.call("any", lonely, -2, True)  # elsewhere, the gradient of the values is not NaN
+        one = self.builder.call("new_ones", value, ())
+        return self.builder.call("mul", mean, self.builder.call("masked_fill", one, some, math.nan))
+
+    def _term(self, term: Term) -> Node:
+        node = self._spread(term.node, term.rank)
+        if tensor(node).dtype != self.dtype:  # type: ignore[union-attr]
+            node = self.builder.call("to", node, self.dtype)
+        for factor in term.factors:
+            if not isinstance(factor.number, (int, float)):
+                raise Miss("the bias is scaled by a tensor", term.node)
+            node = self.builder.call("div" if factor.divides else "mul", node, factor.number)
+        return node
+
+    def result(self, node: Node) -> Node:
+        """[B, H, S_q, D] with the dimensions of the attention's result."""
+        product = self.written.product
+        if len(product.dims) == 3:
+            node = self.builder.call("flatten", node, 0, 1)
+        as_it_is = product.dims == tuple(range(len(product.dims)))
+        return node if as_it_is else self.builder.call("permute", node, product.dims)

@@ -1,0 +1,255 @@
+"""Looks back from attention weights over the softmax to the product of query and key, and records what lies between."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from torch_fuse.graph.calls import Call, call_of
+from torch_fuse.graph.norm import strip_casts
+from torch_fuse.graph.product import Product, match_product
+from torch_fuse.graph.score_bias import constant
+from torch_fuse.graph.values import same_shape, tensor
+
+_LIMIT = 24  # steps between the two products
+_VIEWS = ("view", "reshape", "flatten", "unflatten")
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Scores are multiplied by `number` (or divided by it): a Python number, a symbolic one, or a tensor."""
+
+    number: Any
+    divides: bool = False
+
+
+@dataclass(frozen=True)
+class Term:
+    """A tensor that is added to scores [*batch, S_q, S_k].
+
+    Attributes:
+        node: what is added.
+        rank: number of dimensions of the scores that it is added to.
+        factors: what the sum is multiplied by later.
+    """
+
+    node: Node
+    rank: int
+    factors: tuple[Factor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Scores that are replaced by a number.
+
+    Attributes:
+        mask: boolean, broadcastable to the scores.
+        inverted: True in the mask means that the score is replaced (`masked_fill`), not that it is kept (`where`).
+        value: the number, below zero.
+        rank: number of dimensions of the scores.
+        terms_after: number of terms that are added later (those are first in the list of terms).
+    """
+
+    mask: Node
+    inverted: bool
+    value: float
+    rank: int
+    terms_after: int
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What was seen on the way back from the result."""
+
+    nodes: frozenset[Node]
+    steps: int = 0
+    heads: tuple[Any, Any] | None = None
+    factors: tuple[Factor, ...] = ()
+    terms: tuple[Term, ...] = ()
+    fills: tuple[Fill, ...] = ()
+    dropout_p: Any = 0.0
+    softmax: Node | None = field(default=None)
+    refusal: str = ""
+
+    def over(self, node: Node, **changes: Any) -> Walk:
+        """One step further."""
+        return replace(self, nodes=self.nodes | {node}, steps=self.steps + 1, **changes)
+
+    def refuse(self, reason: str) -> str:
+        """The first reason not to take the attention."""
+        return self.refusal or reason
+
+
+# -- from the result to the softmax --------------------------------------------------------------------------------
+
+
+def weights_of(node: Any, walk: Walk) -> tuple[Walk, Product] | None:
+    """Looks through what lies between the softmax and the product with the values."""
+    for _ in range(_LIMIT):
+        call, found = call_of(node), tensor(node)
+        if call is None or found is None or found.dim() < 3:
+            return None
+        if call.op == "softmax":
+            if call["dim"] not in (-1, found.dim() - 1):
+                return None
+            return _scores(call["input"], walk.over(node, softmax=node, refusal=walk.refuse(_autocast(node, call))))
+        source = call.args.get("input")
+        if call.op == "dropout":
+            walk = walk.over(node, dropout_p=call["p"] if call["training"] else walk.dropout_p)
+        elif call.op == "getitem" and _drops_last_column(call["index"]):
+            walk = walk.over(node, refusal=walk.refuse("attention sinks: a column of the weights is dropped"))
+        elif _is_view(call, node):
+            walk = walk.over(node, heads=_split(node, walk.heads))
+        elif _is_cast(call, node) or call.op in ("contiguous", "clone"):
+            walk = walk.over(node)
+        else:
+            return None
+        node = source
+    return None
+
+
+def _autocast(node: Node, call: Call) -> str:
+    before, after = tensor(call["input"]), tensor(node)
+    asked = any(isinstance(x, torch.dtype) for x in (*node.args, *node.kwargs.values()))
+    if before is None or after is None or (before.dtype != after.dtype and not asked):
+        return "autocast changes the dtype of the softmax"
+    return ""
+
+
+def _drops_last_column(index: Any) -> bool:
+    last = index[-1] if isinstance(index, tuple) and index else None
+    return isinstance(last, slice) and last.start in (None, 0) and last.stop is not None
+
+
+def _is_cast(call: Call, node: Node) -> bool:
+    return call.op == "cast" and not call.inplace and strip_casts(node) is not node
+
+
+def _is_view(call: Call, node: Node) -> bool:
+    """Whether a view leaves the last two dimensions alone: it splits or merges those of batch and heads."""
+    before, after = tensor(call.args.get("input")), tensor(node)
+    return (
+        call.op in _VIEWS
+        and before is not None
+        and after is not None
+        and after.dim() >= 3
+        and same_shape(before.shape[-2:], after.shape[-2:])
+    )
+
+
+def _split(node: Node, heads: tuple[Any, Any] | None) -> tuple[Any, Any] | None:
+    for x in (node, call_of(node)["input"]):  # type: ignore[index]
+        found = tensor(x)
+        if found is not None and found.dim() == 4:
+            return found.shape[0], found.shape[1]
+    return heads
+
+
+# -- from the softmax to the scores --------------------------------------------------------------------------------
+
+
+def _scores(node: Any, walk: Walk) -> tuple[Walk, Product] | None:
+    """Looks through what lies between the product of query and key and the softmax."""
+    found = tensor(node)
+    if found is None or found.dim() < 3 or walk.steps > _LIMIT:
+        return None
+    product = match_product(node)
+    if product is not None:
+        scores_like = product.dims == tuple(range(len(product.dims)))
+        return (walk.over(node), product) if scores_like else None
+    call = call_of(node)
+    if call is None:
+        return _through_unknown(node, walk, getattr(node.target, "__name__", str(node.target)))
+    if _is_view(call, node):
+        return _scores(call["input"], walk.over(node, heads=_split(node, walk.heads)))
+    if _is_cast(call, node) or call.op in ("contiguous", "clone"):
+        return _scores(call["input"], walk.over(node))
+    if call.op == "add":
+        return _sum(node, call, found, walk)
+    if call.op in ("mul", "div"):
+        return _scaled(node, call, found, walk)
+    if call.op in ("masked_fill", "where"):
+        return _filled(node, call, found, walk)
+    if call.op == "cat":
+        first = call["tensors"][0] if isinstance(call["tensors"], (list, tuple)) else None
+        return _scores(first, walk.over(node, refusal=walk.refuse("attention sinks: a column is joined to the scores")))
+    if call.op == "sub" and _is_row_maximum(call["other"], call["input"]):
+        return _scores(call["input"], walk.over(node, refusal=walk.refuse("the scores have their maximum subtracted")))
+    return _through_unknown(node, walk, call.op)
+
+
+def _through_unknown(node: Node, walk: Walk, name: str) -> tuple[Walk, Product] | None:
+    same = [x for x in node.all_input_nodes if tensor(x) is not None and alike(x, node)]
+    if len(same) != 1:
+        return None
+    shown = "tanh (softcap)" if name == "tanh" else name
+    return _scores(same[0], walk.over(node, refusal=walk.refuse(f"the scores go through {shown}")))
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two nodes are tensors known to be of one shape."""
+    x, y = tensor(a), tensor(b)
+    return x is not None and y is not None and same_shape(x.shape, y.shape)
+
+
+def _is_row_maximum(node: Any, scores: Any) -> bool:
+    while isinstance(node, Node) and node.op == "call_function" and node.target in (operator.getitem, getattr):
+        node = node.args[0]
+    name = str(node.target) if isinstance(node, Node) and node.op == "call_method" else ""
+    name = name or getattr(getattr(node, "target", None), "__name__", "")
+    return name in ("max", "amax") and bool(node.args) and node.args[0] is scores
+
+
+def _sum(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Walk, Product] | None:
+    sides = [(call["input"], call["other"])]
+    if call["alpha"] == 1 and not call.inplace:
+        sides.append((call["other"], call["input"]))
+    for scores, addend in sides:
+        if not (isinstance(scores, Node) and alike(scores, node)):
+            continue
+        if not isinstance(addend, Node) or tensor(addend) is None or call["alpha"] != 1:
+            continue
+        term = Term(addend, found.dim(), walk.factors)
+        further = _scores(scores, walk.over(node, terms=(*walk.terms, term)))
+        if further is not None:
+            return further
+    return None
+
+
+def _scaled(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Walk, Product] | None:
+    sides = [(call["input"], call["other"])]
+    if call.op == "mul" and not call.inplace:
+        sides.append((call["other"], call["input"]))
+    for scores, number in sides:
+        if not (isinstance(scores, Node) and alike(scores, node)) or alike(number, node):
+            continue
+        factor = Factor(number, call.op == "div")
+        further = _scores(scores, walk.over(node, factors=(*walk.factors, factor)))
+        if further is not None:
+            return further
+    return None
+
+
+def _filled(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Walk, Product] | None:
+    if call.op == "masked_fill":
+        options = [(call["input"], call["mask"], True, call["value"])]
+    else:
+        condition, yes, no = call["condition"], call["input"], call["other"]
+        options = [(yes, condition, False, no), (no, condition, True, yes)]
+    for scores, mask, inverted, filled in options:
+        number = constant(filled)
+        if number is None or not (isinstance(scores, Node) and alike(scores, node)):
+            continue
+        mask_value = tensor(mask)
+        if mask_value is None or mask_value.dtype != torch.bool:
+            continue
+        fill = Fill(mask, inverted, number, found.dim(), len(walk.terms))
+        refusal = walk.refuse("the scores are scaled after masking" if walk.factors else "")
+        further = _scores(scores, walk.over(node, fills=(*walk.fills, fill), refusal=refusal))
+        if further is not None:
+            return further
+    return None
