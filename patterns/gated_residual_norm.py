@@ -263,7 +263,8 @@ def _closed(total: _Sum, results: list[_Result]) -> set[Node]:
         region -= outside
         changed = bool(outside)
     rows = tensor(total.node).shape[:-1]  # type: ignore[union-attr]
-    for node in {*total.nodes, *(node for result in results for node in result.nodes)} - region:
+    left = {*total.nodes, *(node for result in results for node in result.nodes)} - region
+    for node in sorted(left, reverse=True):  # the last one is what the others are left for
         found = tensor(node)
         if strip_casts(node) is node and found is not None and same_shape(found.shape[:-1], rows):
             reader = next(iter(user for user in node.users if user not in region), node)
