@@ -55,7 +55,7 @@ def _whole(shape: Sequence[Any], batch: Any) -> bool:
     return bool(shape[0] == batch and shape[1] != 1 and shape[2] != 1)
 
 
-def _summed(full: Tensor, shape: Sequence[Any]) -> Tensor:
+def summed(full: Tensor, shape: Sequence[Any]) -> Tensor:
     """The sum of [B, S, C] or [B, S, 1] down to a factor's shape."""
     dims = [i for i in range(3) if shape[i] == 1]
     return full if _whole(shape, full.shape[0]) else full.sum(dims, keepdim=True)
@@ -74,12 +74,12 @@ def _reference(grad_r: Tensor | None, grad_1: Tensor, grad_2: Tensor | None, r: 
     found: list[Tensor | None] = [None] * len(NAMES)
     g = grad_1.to(dtype)
     if shift_shape is not None and sums(shift_shape):
-        found[10] = _summed(g, shift_shape)
+        found[10] = summed(g, shift_shape)
     if scale is not None:
         if wanted[9]:
             h = x_hat if weight1 is None else x_hat * (weight1.to(dtype) + weight_offset)
             h = h if bias1 is None else h + bias1.to(dtype)
-            found[9] = _summed(g * h, scale.shape)
+            found[9] = summed(g * h, scale.shape)
         g = g * (1 + scale.to(dtype))
     dx_hat = torch.zeros_like(x_hat)
     for g_j, weight, at in ((g, weight1, 5), (None if grad_2 is None else grad_2.to(dtype), weight2, 7)):
@@ -97,7 +97,7 @@ def _reference(grad_r: Tensor | None, grad_1: Tensor, grad_2: Tensor | None, r: 
         if wanted[i] and not same_gradient(alpha, gate, y_dtype, x_dtype):
             found[i] = alpha * dr if gate is None else alpha * dr * gate.to(dtype)
         if wanted[i + 2] and gate is not None and y is not None:
-            found[i + 2] = _summed(alpha * dr * y.to(dtype), gate.shape)
+            found[i + 2] = summed(alpha * dr * y.to(dtype), gate.shape)
     found[0] = dr
     like = _dtypes(r, gate1, gate2, scale, x_dtype, y1_dtype, y2_dtype)
     return [None if x is None else x.to(like[i]).contiguous() for i, x in enumerate(found)]
@@ -186,10 +186,12 @@ def _launch(grad_r: Tensor | None, grad_1: Tensor, grad_2: Tensor | None, r: Ten
         elif kind == "full":
             found[at] = r.new_empty(r.shape, dtype=x.dtype if _whole(x.shape, batch) else torch.float32)  # type: ignore[union-attr]
     shift_sums = shift_shape is not None and sums(shift_shape)
-    summed = [x.shape for x, kind in zip((gate1, gate2, scale), kinds, strict=True) if kind == "sum"]  # type: ignore[union-attr]
-    summed += [shift_shape] if shift_sums else []  # type: ignore[list-item]
+    summed_shapes: list[Any] = [
+        x.shape for x, kind in zip((gate1, gate2, scale), kinds, strict=True) if kind == "sum" and x is not None
+    ]
+    summed_shapes += [shift_shape] if shift_sums else []
     # sums for each sample: its rows are shared by programs of its own
-    groups = batch if any(shape[0] != 1 for shape in summed) else 1
+    groups = batch if any(shape[0] != 1 for shape in summed_shapes) else 1
     group_rows = length if groups is batch else batch * length
     programs = max(PROGRAMS // groups, 1) if isinstance(groups, int) else 16
     if isinstance(group_rows, int):  # a minimum with a symbolic number of rows would be a guard
@@ -216,7 +218,7 @@ def _launch(grad_r: Tensor | None, grad_1: Tensor, grad_2: Tensor | None, r: Ten
         if partial is not None:
             found[at] = _over_programs(partial, groups, x.shape)  # type: ignore[union-attr]
         elif found[at] is not None:
-            found[at] = _summed(found[at], x.shape)  # type: ignore[arg-type,union-attr]
+            found[at] = summed(found[at], x.shape)  # type: ignore[arg-type,union-attr]
     if shift_shape is not None:
         found[10] = _over_programs(partials[7], groups, shift_shape)
     return found

@@ -76,11 +76,10 @@ class GatedResidualNorm(Pattern):
         x = tensor(match.bindings["sum"].x)
         assert x is not None
         width = static_int(x.shape[-1])
-        if width is None or any(
-            static_int(tensor(node).stride(-1)) is None for node in match.inputs if tensor(node).dim()
-        ):  # type: ignore[union-attr]
+        operands: list[Any] = [None if node is None else tensor(node) for node in _operands(match)]
+        if width is None or any(static_int(t.stride(-1)) is None for t in operands if t is not None and t.dim()):
             return "the hidden size or a last stride is not static"
-        given = gated_residual_norm.Operands(*(None if node is None else tensor(node) for node in _operands(match)))
+        given = gated_residual_norm.Operands(*operands)
         reason = gated_residual_norm.supports(given, gated_residual_norm.Spec(*_options(match)))
         if reason is not None:
             return f"the kernel cannot run: {reason}"
