@@ -45,7 +45,7 @@ from ._gated_residual_norm_common import (
 )
 from ._gated_residual_norm_tile import Config, load, load_factor, normalised, parts, store
 from ._ops import define_op, on_device_of, tl, triton, wrap_triton
-from .gated_residual_norm_backward import gated_residual_norm_backward, same_gradient, sums
+from .gated_residual_norm_backward import gated_residual_norm_backward, same_gradient, summed, sums
 
 OPERANDS = len(Operands._fields)
 # 0 where r keeps fp32's bits, else the type that it is rounded to before the norm reads it.
@@ -256,8 +256,8 @@ def _backward(ctx: Any, grad_r: Tensor | None, grad_1: Tensor | None, grad_2: Te
     for i, (alpha, gate) in enumerate(zip(spec.alphas, (gate1, gate2), strict=True), 1):
         if same_gradient(alpha, gate, ctx.dtypes[i], ctx.dtypes[0]):
             grads[i] = grads[0]
-    if wanted[10] and not sums(shift_shape):
-        grads[10] = grad_1
+    if shift_shape is not None and not sums(shift_shape):
+        grads[10] = summed(grad_1, shift_shape)
     return *(grad.to(dtype) if need else None for grad, need, dtype in zip(grads, wanted, ctx.dtypes, strict=True)), *[
         None
     ] * len(spec)

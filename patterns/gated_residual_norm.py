@@ -16,18 +16,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.memory import in_memory, read_from_memory
 from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.modulate import Modulation, broadcasts, match_modulation, only_cast
-from torch_fuse.graph.norm import Norm, match_norm, norms_of, strip_casts
-from torch_fuse.graph.residual import Weighted, match_residual
+from torch_fuse.graph.norm import match_norm, strip_casts
+from torch_fuse.graph.residual_norm import Result, Sum, match_results, match_sum
 from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor
 from torch_fuse.kernels import gated_residual_norm
 from torch_fuse.options import Options
@@ -38,35 +35,6 @@ from torch_fuse.rewrite.view import GraphView
 
 # Narrower rows, or fewer of them, and Inductor's kernel is as good.
 MIN_WIDTH, MIN_TOKENS = 512, 256
-
-
-@dataclass(frozen=True)
-class _Term:
-    """alpha * gate * y."""
-
-    y: Node
-    gate: Node | None = None
-    alpha: float = 1.0
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """r = x + terms, as `node` has it; without terms r is x."""
-
-    node: Node
-    x: Node
-    terms: tuple[_Term, ...]
-    nodes: frozenset[Node]
-
-
-@dataclass(frozen=True)
-class _Result:
-    """A norm, its modulation and the casts behind it, up to `node`."""
-
-    node: Node
-    norm: Norm
-    modulation: Modulation | None
-    nodes: frozenset[Node]
 
 
 @register
@@ -84,10 +52,10 @@ class GatedResidualNorm(Pattern):
         norm = match_norm(anchor)
         if norm is None or (shape := tensor(norm.input)) is None or shape.dim() not in (2, 3):
             return None
-        results = _results(norm)
+        results = match_results(norm)
         if not results or anchor is not results[0].norm.node:
             return None  # a part of a longer spelling, or the second norm of a sum
-        total = _sum_of(norm)
+        total = match_sum(norm)
         if not total.terms and len(results) == 1 and results[0].modulation is None:
             return None
         if norm.eps is None:
@@ -108,11 +76,10 @@ class GatedResidualNorm(Pattern):
         x = tensor(match.bindings["sum"].x)
         assert x is not None
         width = static_int(x.shape[-1])
-        if width is None or any(
-            static_int(tensor(node).stride(-1)) is None for node in match.inputs if tensor(node).dim()
-        ):  # type: ignore[union-attr]
+        operands: list[Any] = [None if node is None else tensor(node) for node in _operands(match)]
+        if width is None or any(static_int(t.stride(-1)) is None for t in operands if t is not None and t.dim()):
             return "the hidden size or a last stride is not static"
-        given = gated_residual_norm.Operands(*(None if node is None else tensor(node) for node in _operands(match)))
+        given = gated_residual_norm.Operands(*operands)
         reason = gated_residual_norm.supports(given, gated_residual_norm.Spec(*_options(match)))
         if reason is not None:
             return f"the kernel cannot run: {reason}"
@@ -158,96 +125,7 @@ class GatedResidualNorm(Pattern):
 # -- matching ------------------------------------------------------------------------------------------------------
 
 
-def _results(norm: Norm) -> list[_Result]:
-    """The norms of the same values as `norm` that one call can compute: one with its modulation, or two."""
-    same = [
-        found
-        for found in norms_of(norm.input)
-        if (found.kind, found.eps) == (norm.kind, norm.eps)
-        and _stream(found) is _stream(norm)
-        and all(v is None or tensor(v).dim() == 1 for v in (found.weight, found.bias))  # type: ignore[union-attr]
-    ]
-    results = [_result(found) for found in same]
-    if not results:
-        return []
-    first = results[0]
-    for other in results[1:]:
-        alike = other.norm.weight_offset == first.norm.weight_offset and other.modulation is first.modulation is None
-        if alike and tensor(other.node).dtype == tensor(first.node).dtype:  # type: ignore[union-attr]
-            return [first, other]
-    return [result for result in results if result.norm.node is norm.node]
-
-
-def _result(norm: Norm) -> _Result:
-    modulation = match_modulation(norm.node)
-    if modulation is not None and not all(
-        factor is None or _is_factor(factor, norm.node, lanes=True) for factor in (modulation.scale, modulation.shift)
-    ):
-        modulation = None
-    node = norm.node if modulation is None else modulation.node
-    nodes = set(norm.nodes) | (set() if modulation is None else set(modulation.nodes))
-    while (cast := only_cast(node)) is not None and tensor(cast).dtype.itemsize <= tensor(node).dtype.itemsize:  # type: ignore[union-attr]
-        node = cast
-        nodes.add(cast)
-    return _Result(node, norm, modulation, frozenset(nodes))
-
-
-def _stream(norm: Norm) -> Node:
-    """The value that a norm reads as others see it: its input behind the casts that round it."""
-    node = norm.input
-    while (cast := only_cast(node)) is not None and cast in norm.nodes:
-        if tensor(cast).dtype.itemsize > tensor(node).dtype.itemsize:  # type: ignore[union-attr]
-            break
-        node = cast
-    return node
-
-
-def _sum_of(norm: Norm) -> _Sum:
-    """What a norm reads as a residual sum of one or two terms; else the value itself, without terms."""
-    stream = _stream(norm)
-    found = match_residual(norm.input)
-    if found is None or len(found.terms) > 3:
-        return _Sum(stream, stream, (), frozenset())
-    nodes = set(found.nodes)
-    node = stream
-    while node is not norm.input:
-        nodes.add(node)
-        node = call_of(node)["input"]  # type: ignore[index]
-    plain = [t for t in found.terms if not t.factors and t.sign == 1]
-    if not plain:
-        return _Sum(stream, stream, (), frozenset())
-    # the one that is not a product is the stream; else any of the result's dtype
-    plain.sort(key=lambda t: (in_memory(t.tensor), tensor(t.tensor).dtype != tensor(stream).dtype))  # type: ignore[union-attr]
-    terms = [_term(t, norm.input) for t in found.terms if t is not plain[0]]
-    if any(term is None for term in terms):
-        return _Sum(stream, stream, (), frozenset())
-    return _Sum(stream, plain[0].tensor, tuple(t for t in terms if t is not None), frozenset(nodes))
-
-
-def _term(weighted: Weighted, total: Node) -> _Term | None:
-    alpha, gates = float(weighted.sign), []
-    for factor in weighted.factors:
-        if isinstance(factor, (int, float)) and not isinstance(factor, bool):
-            alpha *= factor
-        else:
-            gates.append(factor)
-    if not gates:
-        return _Term(weighted.tensor, None, alpha)
-    if len(gates) > 1 or not isinstance(gates[0], Node) or not _is_factor(gates[0], total, lanes=False):
-        return None
-    return _Term(weighted.tensor, gates[0], alpha)
-
-
-def _is_factor(factor: Node, to: Node, lanes: bool) -> bool:
-    """Whether the op takes a factor: it broadcasts, over the lanes only where `lanes` allows one number a row."""
-    if not broadcasts(factor, to):
-        return False
-    small, large = tensor(factor), tensor(to)
-    assert small is not None and large is not None
-    return not lanes or (small.dim() > 0 and equal(small.shape[-1], large.shape[-1]))
-
-
-def _closed(total: _Sum, results: list[_Result]) -> set[Node]:
+def _closed(total: Sum, results: list[Result]) -> set[Node]:
     """The nodes that nothing else reads once the results are replaced.
 
     Raises:
@@ -263,7 +141,8 @@ def _closed(total: _Sum, results: list[_Result]) -> set[Node]:
         region -= outside
         changed = bool(outside)
     rows = tensor(total.node).shape[:-1]  # type: ignore[union-attr]
-    for node in {*total.nodes, *(node for result in results for node in result.nodes)} - region:
+    left = {*total.nodes, *(node for result in results for node in result.nodes)} - region
+    for node in sorted(left, reverse=True):  # the last one is what the others are left for
         found = tensor(node)
         if strip_casts(node) is node and found is not None and same_shape(found.shape[:-1], rows):
             reader = next(iter(user for user in node.users if user not in region), node)
@@ -271,7 +150,7 @@ def _closed(total: _Sum, results: list[_Result]) -> set[Node]:
     return region
 
 
-def _inputs(total: _Sum, results: list[_Result]) -> tuple[Node, ...]:
+def _inputs(total: Sum, results: list[Result]) -> tuple[Node, ...]:
     found = [total.x]
     for term in total.terms:
         found += [term.y, *([] if term.gate is None else [term.gate])]
@@ -282,7 +161,7 @@ def _inputs(total: _Sum, results: list[_Result]) -> tuple[Node, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _check_dtypes(total: _Sum, results: list[_Result], inputs: tuple[Node, ...]) -> None:
+def _check_dtypes(total: Sum, results: list[Result], inputs: tuple[Node, ...]) -> None:
     r = tensor(total.node)
     assert r is not None
     for node in inputs:
@@ -296,7 +175,7 @@ def _check_dtypes(total: _Sum, results: list[_Result], inputs: tuple[Node, ...])
         raise Miss("it is computed in float64 from lower precision", results[0].norm.node)
 
 
-def _no_profit(total: _Sum, results: list[_Result], region: set[Node]) -> str | None:
+def _no_profit(total: Sum, results: list[Result], region: set[Node]) -> str | None:
     """Why Inductor fuses more than this op would, or None."""
     full = tensor(total.node)
     assert full is not None
@@ -320,7 +199,7 @@ def _no_profit(total: _Sum, results: list[_Result], region: set[Node]) -> str | 
     return None
 
 
-def _describe(total: _Sum, results: list[_Result]) -> str:
+def _describe(total: Sum, results: list[Result]) -> str:
     terms = {0: "no term", 1: "one term", 2: "two terms"}[len(total.terms)]
     gated = " with a gate" if any(term.gate is not None for term in total.terms) else ""
     names = {"layer": "LayerNorm", "rms": "RMSNorm"}

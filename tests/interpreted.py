@@ -14,6 +14,7 @@ from harness import Comparison, compare
 from spelled import Block, Spelling, make_input
 
 from torch_fuse import Options
+from torch_fuse.patterns import _gated_residual_norm_examples, gated_residual_norm
 
 AUTO = Options(kernels="auto", on_error="raise")
 
@@ -41,8 +42,18 @@ def main() -> None:
     for name in ("GPTNeoX", "Qwen3", "Wan"):
         inputs = models.inputs(name, batch=2, length=64 if name == "Wan" else 33)
         results[name] = compare(models.build(name), kwargs=inputs, options=AUTO, draws=1)
+    gated_residual_norm.MIN_WIDTH, gated_residual_norm.MIN_TOKENS = 8, 1
+    for name in ("neox_parallel", "wan_feed_forward", "bert_post_norm"):
+        model, inputs = _gated_residual_norm_examples._example(getattr(_gated_residual_norm_examples, name), True).make(
+            torch.float32
+        )
+        results[name] = compare(model, inputs, options=AUTO, draws=2)
     told = {
-        name: {"fused": r.fused("norm_qkv_rope_attention"), "problems": r.problems, "report": r.reasons}
+        name: {
+            "fused": max(r.fused(pattern) for pattern in ("norm_qkv_rope_attention", "gated_residual_norm")),
+            "problems": r.problems,
+            "report": r.reasons,
+        }
         for name, r in results.items()
     }
     sys.stdout.write("RESULT " + json.dumps(told) + "\n")
