@@ -100,12 +100,21 @@ def switches_mode(node: Node) -> bool:
 
 
 class Order:
-    """Positions of the nodes of a graph, computed once."""
+    """Positions of the nodes of a graph, computed once.
 
-    def __init__(self, graph: Graph) -> None:
+    Args:
+        graph: the graph.
+        writes: whether nodes write to something, as earlier orders of the same graph have found; added to.
+    """
+
+    def __init__(self, graph: Graph, writes: dict[Node, bool] | None = None) -> None:
         self.nodes = list(graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
-        self.writers = [node for node in self.nodes if mutated(node)]
+        known = {} if writes is None else writes
+        for node in self.nodes:
+            if node not in known:
+                known[node] = bool(mutated(node))
+        self.writers = [node for node in self.nodes if known[node]]
         self.switches = [node for node in self.nodes if switches_mode(node)]
         self._storages: dict[Node, set[StorageWeakRef]] = {}
 

@@ -140,9 +140,10 @@ def _modules(gm: GraphModule, refusal: str = "") -> Iterator[tuple[GraphModule, 
 
 def _rewrite_module(module: GraphModule, refusal: str, run: _Run) -> None:
     before = run.report.rewrites
+    writes: dict[Node, bool] = {}
     for pattern in run.patterns.values():
-        _apply(module, pattern, refusal, run)
-    view = GraphView(module)
+        _apply(module, pattern, refusal, run, writes)
+    view = GraphView(module, writes)
     for kind in KINDS:
         for node in view.candidates(kind):
             if (kind, node.name) not in run.claimed:
@@ -153,8 +154,8 @@ def _rewrite_module(module: GraphModule, refusal: str, run: _Run) -> None:
         module.recompile()
 
 
-def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run) -> None:
-    view = GraphView(module)
+def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, writes: dict[Node, bool]) -> None:
+    view = GraphView(module, writes)
     stale: set[Node] = set()
     for anchor in list(pattern.anchors(view)):
         if anchor in stale:
@@ -162,7 +163,7 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run) -> No
         try:
             match = pattern.match(view, anchor)
             if match is not None and _outdated(view, match, stale):
-                view, stale = GraphView(module), set()
+                view, stale = GraphView(module, writes), set()
                 match = pattern.match(view, anchor)
             if match is None:
                 continue

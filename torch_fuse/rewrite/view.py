@@ -32,17 +32,23 @@ _VIEWS = {
 
 
 class GraphView:
-    """What the recognisers see of a graph; computed on demand, once."""
+    """What the recognisers see of a graph; computed on demand, once.
 
-    def __init__(self, gm: GraphModule) -> None:
+    Args:
+        gm: the graph module.
+        writes: what earlier views of it have found of its nodes' mutations; added to.
+    """
+
+    def __init__(self, gm: GraphModule, writes: dict[Node, bool] | None = None) -> None:
         self.gm = gm
+        self._writes = writes
         self.nodes = list(gm.graph.nodes)
         self._masks: dict[Node, Meaning | Miss] = {}
 
     @cached_property
     def order(self) -> Order:
         """Positions, mutations and mode switches."""
-        return Order(self.gm.graph)
+        return Order(self.gm.graph, self._writes)
 
     @cached_property
     def fake_mode(self) -> FakeTensorMode | None:
