@@ -51,10 +51,9 @@ class Band(NamedTuple):
 def load_parts(pointer, exists, lane1, lane2, D2: tl.constexpr):
     """The lanes of rows that exist, zeros for others, in two parts; without a second part, the first one twice."""
     x1 = tl.load(pointer + lane1, exists, other=0.0)
+    x2 = x1
     if D2 > 0:
         x2 = tl.load(pointer + lane2, exists, other=0.0)
-    else:
-        x2 = x1
     return x1, x2
 
 
@@ -152,9 +151,9 @@ def _kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep_b, 
     program = tl.program_id(0)
     tiles = tl.cdiv(q_length, BLOCK_M)
     if WAVE:  # turn every other WAVE of programs round: an SM that began with long work goes on with short work
-        start = program // WAVE * WAVE
-        last = tl.minimum(start + WAVE, tiles * batch * H) - 1
-        program = tl.where(start // WAVE % 2 == 1, last - (program - start), program)
+        first = program // WAVE * WAVE
+        last = tl.minimum(first + WAVE, tiles * batch * H) - 1
+        program = tl.where(first // WAVE % 2 == 1, last - (program - first), program)
     tile = tiles - 1 - program // (batch * H)
     b = (program % (batch * H) // H).to(tl.int64)
     h = (program % H).to(tl.int64)
@@ -171,16 +170,17 @@ def _kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep_b, 
     acc1, acc2 = tl.zeros([BLOCK_M, D1], tl.float32), tl.zeros([BLOCK_M, D2 if D2 > 0 else 1], tl.float32)
     top, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
 
-    j, end, solid, full = key_tiles(tile * BLOCK_M, q_length, length, ranges, b, ranges_b, LEFT, RIGHT, HAS_LEFT,
+    start, end, solid, full = key_tiles(tile * BLOCK_M, q_length, length, ranges, b, ranges_b, LEFT, RIGHT, HAS_LEFT,
                                     HAS_RIGHT, KEEP, BLOCK_M, BLOCK_N)  # fmt: skip
     if INTERPRET:  # `while` is not pipelined, but Triton 3.6's interpreter cannot take a range's bounds from NumPy 2.5
+        j = start
         while j < end:
             acc1, acc2, top, total = _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, keep, j, solid, full,
                                              length, index, log2_scale, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT,
                                              HAS_RIGHT, KEEP, BLOCK_N)  # fmt: skip
             j += 1
     else:
-        for j in tl.range(j, end):
+        for j in tl.range(start, end):
             acc1, acc2, top, total = _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, keep, j, solid, full,
                                              length, index, log2_scale, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT,
                                              HAS_RIGHT, KEEP, BLOCK_N)  # fmt: skip

@@ -167,16 +167,17 @@ def _query_kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, ke
     v += b * v_b + h // GROUP * v_h
     keep += b * keep_b
     dq1, dq2 = tl.zeros([BLOCK_M, D1], tl.float32), tl.zeros([BLOCK_M, D2 if D2 > 0 else 1], tl.float32)
-    j, end, solid, full = key_tiles(tile * BLOCK_M, q_length, length, ranges, b, ranges_b, LEFT, RIGHT, HAS_LEFT,
+    start, end, solid, full = key_tiles(tile * BLOCK_M, q_length, length, ranges, b, ranges_b, LEFT, RIGHT, HAS_LEFT,
                                     HAS_RIGHT, KEEP, BLOCK_M, BLOCK_N)  # fmt: skip
     if INTERPRET:
+        j = start
         while j < end:
             dq1, dq2 = _add_key_tile(dq1, dq2, q1, q2, g1, g2, k, k_s, v, v_s, keep, lse_row, delta_row, j, solid, full,
                                      length, index, log2_scale, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT, HAS_RIGHT,
                                      KEEP, BLOCK_N)  # fmt: skip
             j += 1
     else:
-        for j in tl.range(j, end):
+        for j in tl.range(start, end):
             dq1, dq2 = _add_key_tile(dq1, dq2, q1, q2, g1, g2, k, k_s, v, v_s, keep, lse_row, delta_row, j, solid, full,
                                      length, index, log2_scale, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT, HAS_RIGHT,
                                      KEEP, BLOCK_N)  # fmt: skip

@@ -39,7 +39,7 @@ from ._flash_backward import backward
 from ._ops import define_op, no_triton
 
 DTYPES = (torch.bfloat16, torch.float16)
-# Forward; gradients of keys and values; gradients of queries. benchmarks/bench_masked_attention.py --sweep tries others.
+# Forward; gradients of keys and values; gradients of queries. benchmarks/bench_masked_attention.py sweeps others.
 CONFIGS = {
     32: (Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
     48: (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
@@ -180,7 +180,7 @@ def _reference_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_keep
     """The gradients in plain torch, in the inputs' dtype at least float32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     batch, heads, length, dim = q.shape
-    kv, keys = k.shape[1], k.shape[2]
+    kv = k.shape[1]
     group = int(heads) // int(kv)
     g, x = (t.to(wide).reshape(batch, kv, group, length, dim) for t in (grad, q))
     y, z = (t.to(wide)[:, :, None] for t in (k, v))

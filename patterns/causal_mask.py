@@ -47,7 +47,7 @@ class CausalMask(Pattern):
         query, key = tensor(attention.query), tensor(attention.key)
         assert query is not None and key is not None
         if mask.is_causal and not equal(query.shape[-2], key.shape[-2]):
-            raise Miss("the mask is causal from the top left, with more or fewer keys than queries", anchor)
+            return None  # causal from the top left, with more or fewer keys than queries: SDPA has no word for it
         note = "the mask is causal" if mask.is_causal else "the mask keeps everything"
         inputs = (attention.query, attention.key, attention.value)
         bindings = {"attention": attention, "is_causal": mask.is_causal}

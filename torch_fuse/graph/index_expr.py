@@ -91,7 +91,7 @@ class IndexTrace(Views):
         return self._memo[node]
 
     def _load(self, node: Node, found: torch.Tensor, reason: Miss) -> Any:
-        """The element of a tensor that is read as it is; floating-point ones may be NaN, which no condition describes."""
+        """The element of a tensor that is read as it is. A floating-point one may be NaN: no condition describes it."""
         if found.dtype.is_floating_point or found.dtype.is_complex or not 1 <= found.dim() <= len(DIM):
             raise reason
         self.sources[node.name], self.reasons[node.name] = node, reason

@@ -43,6 +43,17 @@ class Builder:
             raise Miss(f"{target} does not accept its inputs: {error}", node) from error
         return node
 
+    def shared(self, target: Callable[..., Any] | str, *args: Any) -> Node:
+        """Like `call`, for pure functions: takes the node that an earlier rewrite emitted here or before, if it did."""
+        wanted = target if isinstance(target, str) else op_overload(target)
+        source = next(arg for arg in args if isinstance(arg, Node))
+        for node in source.users:
+            if node.meta.get("shared") and node.target == wanted and node.args == args and node < self._before:
+                return node
+        node = self.call(target, *args)
+        node.meta["shared"] = True
+        return node
+
     def discard(self) -> None:
         """Takes all emitted nodes back."""
         for node in reversed(self.nodes):

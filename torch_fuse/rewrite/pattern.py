@@ -59,12 +59,15 @@ class Pattern:
         kind: the candidates it is tried on: "attention", "norm_linear", "combine", "dequant", or "" for its own
             `anchors`.
         op: qualified name of the op that it emits, or "" when it emits PyTorch's own operators.
+        rank: patterns are tried by rank, then by name. Those that replace an attention itself have 1: they come after
+            those that look at what goes into it.
         needs_kernel: False when the rewrite uses PyTorch's own operators only and wins on every device.
     """
 
     name: ClassVar[str] = ""
     kind: ClassVar[str] = ""
     op: ClassVar[str] = ""
+    rank: ClassVar[int] = 0
     needs_kernel: ClassVar[bool] = True
 
     @property

@@ -39,10 +39,10 @@ def register(pattern: P) -> P:
 
 
 def patterns() -> dict[str, Pattern]:
-    """All patterns by name, in the order in which they are tried: alphabetically."""
+    """All patterns by name, in the order in which they are tried: by rank, then alphabetically."""
     _discover()
     with _lock:
-        return {name: _patterns[name] for name in sorted(_patterns)}
+        return {name: _patterns[name] for _, name in sorted((p.rank, name) for name, p in _patterns.items())}
 
 
 def _discover() -> None:
