@@ -79,7 +79,12 @@ def test_one_dynamic_graph_serves_every_length_and_padding(name: str) -> None:
     model, rewriter = build(name), Rewriter()
     compiled = rewritten(model, rewriter, dynamic=True)
     with torch.no_grad():
-        for length, side, pads in ((10, "left", (3, 0)), (13, "right", (0, 7)), (9, "left", (0, 0)), (9, "right", (8, 2))):
+        for length, side, pads in (
+            (10, "left", (3, 0)),
+            (13, "right", (0, 7)),
+            (9, "left", (0, 0)),
+            (9, "right", (8, 2)),
+        ):
             inputs = padded(name, side, length, pads)
             expected, found = model(**inputs)[0], compiled(**inputs)[0]
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -145,7 +150,7 @@ def test_padding_that_is_written_to_between_two_layers_is_not_read_anew() -> Non
     assert rewriter.report.counts()[PATTERN] == {"fused": 1, "missed": 1}, str(rewriter.report)
 
 
-@pytest.mark.parametrize("example", [e for e in _pattern().near_misses()], ids=lambda e: e.name)
+@pytest.mark.parametrize("example", list(_pattern().near_misses()), ids=lambda e: e.name)
 def test_what_is_no_band_of_kept_keys_is_left_alone(example: Any) -> None:
     result = compare(*example.make(torch.float32), draws=1)
     assert result.fused(PATTERN) == 0, result.reasons
