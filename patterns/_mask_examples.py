@@ -28,6 +28,7 @@ def spellings() -> Iterator[Example]:
     yield Example("grouped_by_expand", _attention(_gathered, kv=1, repeat=True))
     yield Example("fewer_queries", _attention(lambda q, m: _k(m) <= _q(q), queries=5))
     yield Example("offset_queries", _attention(lambda q, m: _k(m) <= _q(q) + 4, queries=5))
+    yield Example("more_tokens_than_keys", _attention(_gathered_first, queries=LENGTH - 2, keys=LENGTH - 2))
     yield Example("two_layers", _two_layers)
 
 
@@ -43,7 +44,7 @@ def near_misses() -> Iterator[Example]:
 
 
 def _attention(
-    mask: Mask, queries: int = LENGTH, kv: int = 2, repeat: bool = False,
+    mask: Mask, queries: int = LENGTH, keys: int = LENGTH, kv: int = 2, repeat: bool = False,
     tokens: Callable[[Tensor], Tensor] = lambda x: x, **kwargs: Any,
 ) -> Callable[[torch.dtype], Any]:  # fmt: skip
     def make(dtype: torch.dtype) -> Any:
@@ -61,7 +62,7 @@ def _attention(
 
         lengths = torch.tensor([[LENGTH - 3], [LENGTH]])
         given = tokens((torch.arange(LENGTH) < lengths).long())
-        return model, (random(2, queries), random(kv, LENGTH), random(kv, LENGTH), given)
+        return model, (random(2, queries), random(kv, keys), random(kv, keys), given)
 
     return make
 
@@ -90,6 +91,11 @@ def _gathered(q: Tensor, m: Tensor) -> Tensor:
     key = torch.arange(m.shape[1], device=m.device)[None, None, None, :]
     keep = (_k(m) <= _q(q)) & m.to(torch.bool)[batch, key]
     return keep.expand(m.shape[0], -1, q.shape[-2], m.shape[1])
+
+
+def _gathered_first(q: Tensor, m: Tensor) -> Tensor:
+    batch, key = torch.arange(BATCH, device=m.device), torch.arange(q.shape[-2], device=m.device)
+    return m.bool()[batch[:, None, None, None], key] & (key <= _q(q))
 
 
 def _causal(q: Tensor, m: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
 from torch_fuse._compat import no_guards
@@ -70,7 +72,7 @@ class MaskedAttention(Pattern):
         scale = q.shape[3] ** -0.5 if attention.scale is None else attention.scale
         if not isinstance(value(scale), (int, float, torch.SymFloat)):
             raise Miss("the scale is no number", anchor)
-        _check_sources(mask, q.shape[0], k.shape[2])
+        _check_sources(mask)
         sources = list(mask.sources.values())
         view.order.check_unwritten(sources, view.order.index[anchor])
         inputs = [attention.query, key, val, *sources]
@@ -101,10 +103,8 @@ class MaskedAttention(Pattern):
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
         mask, op, keep, ranges = match.bindings["mask"], masked_attention, None, None
-        q = tensor(match.bindings["nodes"][0])
-        assert q is not None
         if mask.keys != sympy.true:
-            keep = _emit_keys(mask.keys, mask, q.device, builder)
+            keep = _Keys(mask, match.bindings["nodes"][0], match.bindings["nodes"][1], builder).emit(mask.keys)
         target = op.reference if options.kernels == "reference" else op.masked_attention
         if keep is not None and options.kernels != "reference":
             ranges = builder.shared(op.key_range, keep)
@@ -141,19 +141,13 @@ def _check_shapes(query: Node, key: Node, val: Node, mask: Node, anchor: Node) -
             raise Miss("the mask's shape is not known to be the scores'", anchor)
 
 
-def _check_sources(mask: Mask, batch: Any, keys: Any) -> None:
-    """Raises Miss unless every value that the keys' condition loads is one of [B, S_k] or [S_k]."""
+def _check_sources(mask: Mask) -> None:
+    """Raises Miss unless the keys' condition loads values by batch and key, or by key, and compares them to numbers."""
     by_batch, by_key = _axes(mask)
     for load in loads(mask.keys):
         source = mask.sources[load.func.__name__]
-        found = tensor(source)
-        assert found is not None
-        axes = [(index, size) for index, size in zip(load.args, found.shape, strict=True) if not index.is_Integer]
-        sizes = {by_batch: batch, by_key: keys}
-        if [index for index, _ in axes] not in ([by_batch, by_key], [by_key]):
+        if [index for index in load.args if not index.is_Integer] not in ([by_batch, by_key], [by_key]):
             raise Miss(f"the mask reads {source.name} by other indices than batch and key", source)
-        if not all(equal(size, sizes[index]) for index, size in axes):
-            raise Miss(f"the mask reads a part of {source.name}", source)
     for relation in mask.keys.atoms(sympy.core.relational.Relational):
         if not any(side.is_number and abs(side) < 2**24 for side in relation.args):
             raise Miss(f"the mask compares values: {relation}", next(iter(mask.sources.values())))
@@ -163,31 +157,54 @@ def _axes(mask: Mask) -> tuple[sympy.Symbol, sympy.Symbol]:
     return DIM[mask.rank - 4] if mask.rank == 4 else sympy.Dummy(), DIM[mask.rank - 1]
 
 
-def _emit_keys(condition: sympy.Basic, mask: Mask, device: torch.device, builder: Builder) -> Node:
-    """Computes which keys are kept, [B, S_k] or [1, S_k]; layers that share a mask share this."""
-    if isinstance(condition, (sympy.And, sympy.Or)):
-        join = torch.logical_and if isinstance(condition, sympy.And) else torch.logical_or
-        first, *rest = (_emit_keys(part, mask, device, builder) for part in sorted(condition.args, key=str))
-        for part in rest:
-            first = builder.shared(join, first, part)
-        return first
-    if isinstance(condition, sympy.Not):
-        return builder.shared(torch.logical_not, _emit_keys(condition.args[0], mask, device, builder))
-    if condition.lhs.is_number:
-        condition = condition.reversed
-    load, number = condition.lhs, condition.rhs
-    source = mask.sources[load.func.__name__]
-    index = tuple(int(at) if at.is_Integer else slice(None) for at in load.args)
-    if sum(isinstance(at, slice) for at in index) == 1:
-        index = (None, *index)
-    values = source if index == (slice(None),) * 2 else builder.shared(operator.getitem, source, index)
-    found = tensor(source)
-    assert found is not None
-    if found.device != device:
-        values = builder.shared("to", values, device)
-    if found.dtype == torch.bool and condition == sympy.Ne(load, 0):
-        return values
-    return builder.shared(_RELATIONS[condition.func], values, int(number) if number.is_Integer else float(number))
+@dataclass(frozen=True)
+class _Keys:
+    """Emits which keys are kept, [B, S_k] or [1, S_k]; layers that share a mask share this."""
+
+    mask: Mask
+    query: Node
+    key: Node
+    builder: Builder
+
+    def emit(self, condition: sympy.Basic) -> Node:
+        shared = self.builder.shared
+        if isinstance(condition, (sympy.And, sympy.Or)):
+            join = torch.logical_and if isinstance(condition, sympy.And) else torch.logical_or
+            first, *rest = (self.emit(part) for part in sorted(condition.args, key=str))
+            for part in rest:
+                first = shared(join, first, part)
+            return first
+        if isinstance(condition, sympy.Not):
+            return shared(torch.logical_not, self.emit(condition.args[0]))
+        if condition.lhs.is_number:
+            condition = condition.reversed
+        load, number = condition.lhs, condition.rhs
+        values = self._load(load)
+        if condition == sympy.Ne(load, 0) and tensor(values).dtype == torch.bool:  # type: ignore[union-attr]
+            return values
+        return shared(_RELATIONS[condition.func], values, int(number) if number.is_Integer else float(number))
+
+    def _load(self, load: AppliedUndef) -> Node:
+        source = self.mask.sources[load.func.__name__]
+        found = tensor(source)
+        assert found is not None
+        index = tuple(
+            int(at) if at.is_Integer else self._all_or_first(size, at)
+            for at, size in zip(load.args, found.shape, strict=True)
+        )
+        if sum(isinstance(at, slice) for at in index) == 1:
+            index = (None, *index)  # type: ignore[assignment]
+        values = source if index == (slice(None),) * 2 else self.builder.shared(operator.getitem, source, index)
+        device = tensor(self.query).device  # type: ignore[union-attr]
+        return values if found.device == device else self.builder.shared("to", values, device)
+
+    def _all_or_first(self, size: Any, axis: sympy.Symbol) -> slice:
+        """The part of an axis that the mask reads: as many as there are batches or keys."""
+        node, dim = (self.key, 2) if axis == _axes(self.mask)[1] else (self.query, 0)
+        wanted = tensor(node).shape[dim]  # type: ignore[union-attr]
+        if equal(size, wanted):
+            return slice(None)
+        return slice(None, wanted if isinstance(wanted, int) else self.builder.shared("size", node, dim))
 
 
 def _describe(mask: Mask) -> str:

@@ -74,6 +74,17 @@ def test_rotation_is_still_fused_before_it(name: str) -> None:
     assert (result.fused(PATTERN), result.fused("norm_qkv_rope_attention")) == (2, 2), result.reasons
 
 
+def test_a_mask_with_sizes_of_its_own_is_cut_to_the_batch() -> None:
+    """A second compilation gives the mask other symbols than the tokens; gathering relates them by no guard."""
+    model, rewriter, inputs = build("BERT"), Rewriter(), padded("BERT", "left")
+    compiled = rewritten(model, rewriter, dynamic=True)
+    compiled(**inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs)[0], model(**inputs)[0], atol=1e-5, rtol=1e-5)
+    assert len(rewriter.graphs) == 2
+    assert rewriter.report.counts()[PATTERN] == {"fused": 4}, str(rewriter.report)
+
+
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "BERT"])
 def test_one_dynamic_graph_serves_every_length_and_padding(name: str) -> None:
     model, rewriter = build(name), Rewriter()

@@ -137,7 +137,7 @@ def test_every_head_dim(dim: int) -> None:
     assert_no_worse(inputs(batch=1, length=66, dim=dim, kv=1), keeps("right", 1, 66), None, 0)
 
 
-@settings(max_examples=12 if _ops.INTERPRETED else 60)
+@settings(max_examples=8 if _ops.INTERPRETED else 60)
 @given(
     st.integers(1, 140), st.integers(64, 140), st.sampled_from([(1, 1), (2, 2), (2, 1), (6, 2)]),
     st.sampled_from([32, 48, 64]), st.sampled_from(KEEPS), st.none() | st.integers(-70, 150),
@@ -170,7 +170,7 @@ def test_any_strides() -> None:
 
 
 def test_gradients_are_the_same_every_time() -> None:
-    tensors, keep = inputs(length=130, heads=4, kv=2, dim=32), keeps("holes", 2, 130)
+    tensors, keep = inputs(batch=1, length=70, heads=2, kv=1, dim=32), keeps("holes", 1, 70)
 
     def gradients() -> tuple[Tensor, ...]:
         return torch.autograd.grad(op(*tensors, keep, None, 30, 0, 0.2)[0].square().sum(), tensors)
