@@ -75,9 +75,8 @@ def store_parts(pointer, x1, x2, exists, lane1, lane2, D2: tl.constexpr):
 
 
 @triton.jit
-def in_band(index, key, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Whether each query sees each key."""
-    seen = (index >= 0) & (key >= 0)
+def in_band(seen, index, key, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Where `seen`, whether each query sees each key."""
     if HAS_RIGHT:
         seen = seen & (key <= index + RIGHT)
     if HAS_LEFT:
@@ -125,7 +124,7 @@ def _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, keep, j, solid, full
         masked = masked | (j < solid)
     if masked:
         key = (first + col)[None, :]
-        seen = in_band(index[:, None], key, LEFT, RIGHT, HAS_LEFT, HAS_RIGHT) & (key >= j * BLOCK_N)
+        seen = in_band(key >= j * BLOCK_N, index[:, None], key, LEFT, RIGHT, HAS_LEFT, HAS_RIGHT)
         if KEEP:
             seen = seen & (tl.load(keep + first + col) != 0)[None, :]
         s = tl.where(seen, s, -float("inf"))

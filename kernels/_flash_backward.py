@@ -35,7 +35,8 @@ def _add_query_tile(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, q_s, grad, grad_s, ls
     if HAS_LEFT:
         masked = masked | (first_key < i * BLOCK_M + BLOCK_M - 1 - LEFT)
     if masked:
-        p = tl.where(in_band(index[None, :], key[:, None], LEFT, RIGHT, HAS_LEFT, HAS_RIGHT), p, 0.0)
+        seen = in_band(exists[None, :], index[None, :], key[:, None], LEFT, RIGHT, HAS_LEFT, HAS_RIGHT)
+        p = tl.where(seen, p, 0.0)
     g1, g2 = load_parts(grad + (offset * grad_s)[:, None], exists[:, None], lane1, lane2, D2)
     rounded = p.to(g1.dtype)
     dv1 = tl.dot(rounded, g1, dv1)
@@ -131,10 +132,10 @@ def _add_key_tile(dq1, dq2, q1, q2, g1, g2, k, k_s, v, v_s, keep, lse_row, delta
     if HAS_LEFT or KEEP:
         masked = masked | (j < solid)
     if masked:
-        seen = in_band(index[:, None], key[None, :], LEFT, RIGHT, HAS_LEFT, HAS_RIGHT)
+        seen = (key < length)[None, :]
         if KEEP:
             seen = seen & (tl.load(keep + key, key < length, other=0) != 0)[None, :]
-        p = tl.where(seen & (key < length)[None, :], p, 0.0)
+        p = tl.where(in_band(seen, index[:, None], key[None, :], LEFT, RIGHT, HAS_LEFT, HAS_RIGHT), p, 0.0)
     v1, v2 = load_parts(v + offset * v_s, exists, lane1, lane2, D2)
     dp = dot_parts(g1, g2, v1, v2, D2)
     ds = (p * (dp - delta_row[:, None])).to(k1.dtype)

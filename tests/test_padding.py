@@ -8,6 +8,8 @@ import models
 import pytest
 import torch
 from harness import Rewriter, compare, rewritten
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 PATTERN = "masked_attention"
@@ -174,3 +176,83 @@ def test_packed_positions_and_chunks_are_refused_with_a_reason() -> None:
     assert result.fused(PATTERN) == 0 and not result.problems
     reasons = {site.reason for site in result.report.sites if site.status == "missed"}
     assert any("position_ids" in reason for reason in reasons), reasons
+
+
+ATOMS = {
+    "causal": lambda m, n: _index(m) <= _index(m)[:, None] + n,
+    "window": lambda m, n: _index(m) > _index(m)[:, None] - n,
+    "near": lambda m, n: (_index(m) - _index(m)[:, None]).abs() < n,
+    "keys": lambda m, n: (m != 0)[:, None, None],
+    "tokens": lambda m, n: (m > n % 3)[:, None, None],
+    "lengths": lambda m, n: (_index(m) < m.sum(1)[:, None])[:, None, None],
+    "gathered": lambda m, n: m.bool()[torch.arange(2)[:, None, None, None], _index(m)],
+    "first_batch": lambda m, n: m[0].bool(),
+    "queries": lambda m, n: m.bool()[:, None, :, None],
+    "heads": lambda m, n: m.bool()[None, :, None],
+    "same": lambda m, n: m[:, None, :, None] == m[:, None, None],
+    "first_keys": lambda m, n: _index(m) < n,
+    "one_row": lambda m, n: torch.ones(1, m.shape[1], dtype=torch.bool).tril(n),
+    "one_column": lambda m, n: torch.ones(m.shape[1], 1, dtype=torch.bool).triu(-n),
+}
+
+
+def _index(m: Tensor) -> Tensor:
+    return torch.arange(m.shape[1])
+
+
+def _mask(recipe: Any, m: Tensor) -> Tensor:
+    how, a, b = recipe
+    if not callable(how):
+        return ATOMS[how](m, a)
+    return how(_mask(a, m), *([] if b is None else [_mask(b, m)]))
+
+
+LEAVES = st.tuples(st.sampled_from(sorted(ATOMS)), st.integers(-1, 6), st.none())
+JOINS = st.sampled_from([torch.logical_and, torch.logical_and, torch.mul, torch.logical_or, torch.logical_xor])
+RECIPES = st.recursive(
+    LEAVES,
+    lambda inner: st.tuples(JOINS, inner, inner) | st.tuples(st.just(torch.logical_not), inner, st.none()),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=80)
+@given(RECIPES, st.sampled_from(["boolean", "boolean", "inf", "lowest"]), st.integers(0, 2**18 - 1), st.booleans())
+def test_whatever_is_padded_or_windowed_nothing_changes(recipe: Any, form: str, bits: int, dynamic: bool) -> None:
+    tokens = torch.tensor([bits >> i & 3 for i in range(18)]).view(2, 9)
+
+    def model(q: Tensor, m: Tensor) -> Tensor:
+        keep = _mask(recipe, m)
+        keep = keep[None] if keep.dim() == 1 else keep
+        if form != "boolean":
+            low = float("-inf") if form == "inf" else torch.finfo(torch.float32).min
+            keep = torch.zeros(keep.shape).masked_fill(~keep, low)
+        return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=keep)
+
+    q, rewriter = torch.randn(2, 9, 2, 4).transpose(1, 2), Rewriter()
+    if dynamic:
+        torch._dynamo.mark_dynamic(q, 2)
+        torch._dynamo.mark_dynamic(tokens, 1)
+    expected = _outcome(model, q, tokens)
+    if expected is not None:  # shapes that do not broadcast
+        torch.testing.assert_close(rewritten(model, rewriter)(q, tokens), expected)
+        assert all(site.reason for site in rewriter.report.sites)
+
+
+def _outcome(model: Any, *inputs: Tensor) -> Tensor | None:
+    try:
+        return model(*inputs)
+    except RuntimeError:
+        return None
+
+
+@pytest.mark.parametrize("row", ["row", "column"])
+def test_a_mask_of_one_row_or_column_is_not_causal(row: str) -> None:
+    def model(q: Tensor) -> Tensor:
+        shape = (1, 9) if row == "row" else (9, 1)
+        keep = torch.ones(shape, dtype=torch.bool).tril(0 if row == "row" else -1)
+        return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=keep)
+
+    q, rewriter = torch.randn(2, 9, 2, 4).transpose(1, 2), Rewriter()
+    torch.testing.assert_close(rewritten(model, rewriter)(q), model(q))
+    assert not any(site.status == "fused" for site in rewriter.report.sites)
