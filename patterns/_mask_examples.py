@@ -127,6 +127,7 @@ _STRUCTURED: dict[str, Mask] = {
     "padding_by_tokens": lambda q, m: ((m != 5) & (m != 0))[:, None, None],
     "padding_of_either": lambda q, m: ((m == 1) | (m == 2))[:, None, None],
     "every_other_key_from_the_end": lambda q, m: _causal(q, m) & _keys(m).flip(-1) & (_k(m) % 2 == 0),
+    "padding_of_one_kind": lambda q, m: ((m > 0) ^ (m > 1))[:, None, None],
     "padding_inf": lambda q, m: _low(_keys(m)),
     "padding_where": lambda q, m: torch.where(_keys(m), 0.0, float("-inf")),
     "causal_and_padding": _gathered,

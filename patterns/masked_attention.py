@@ -42,6 +42,9 @@ _RELATIONS: dict[type, Callable[..., Any]] = {
     sympy.Eq: torch.eq, sympy.Ne: torch.ne, sympy.Gt: torch.gt, sympy.Ge: torch.ge, sympy.Lt: torch.lt,
     sympy.Le: torch.le,
 }  # fmt: skip
+_JOINS: dict[type, Callable[..., Any]] = {
+    sympy.And: torch.logical_and, sympy.Or: torch.logical_or, sympy.Xor: torch.logical_xor,
+}  # fmt: skip
 
 
 @register
@@ -168,14 +171,16 @@ class _Keys:
 
     def emit(self, condition: sympy.Basic) -> Node:
         shared = self.builder.shared
-        if isinstance(condition, (sympy.And, sympy.Or)):
-            join = torch.logical_and if isinstance(condition, sympy.And) else torch.logical_or
+        if isinstance(condition, tuple(_JOINS)):
+            join = _JOINS[type(condition)]
             first, *rest = (self.emit(part) for part in sorted(condition.args, key=str))
             for part in rest:
                 first = shared(join, first, part)
             return first
         if isinstance(condition, sympy.Not):
             return shared(torch.logical_not, self.emit(condition.args[0]))
+        if type(condition) not in _RELATIONS:
+            raise Miss(f"the mask keeps keys by {type(condition).__name__}, which is not understood")
         if condition.lhs.is_number:
             condition = condition.reversed
         load, number = condition.lhs, condition.rhs
