@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 op = importlib.import_module("torch_fuse.kernels.uneven_head_attention")
+flash = importlib.import_module("torch_fuse.kernels._flash")
 
 SHAPES = [(1, 2048, 32, 80), (4, 1024, 32, 80), (1, 8192, 32, 80), (1, 2048, 32, 96), (1, 4096, 12, 48),
           (1, 2048, 16, 160)]  # fmt: skip
@@ -59,7 +60,7 @@ class Direct:
 
 def ours(config: Any, maxnreg: int | None, tensors: tuple[Tensor, ...]) -> Tensor:
     extra = {} if maxnreg is None else {"maxnreg": maxnreg}
-    direct = patch.object(op, "wrap_triton", lambda kernel: Direct(kernel, extra))
+    direct = patch.object(flash, "wrap_triton", lambda kernel: Direct(kernel, extra))
     with direct, patch.dict(op.CONFIGS, {tensors[0].shape[-1]: config}):
         return op._forward(*tensors, True, tensors[0].shape[-1] ** -0.5)
 

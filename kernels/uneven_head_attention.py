@@ -25,27 +25,18 @@ Example:
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._ops import INTERPRETED, define_op, no_triton, on_device_of, tl, triton, wrap_triton
+from ._flash import PARTS, Band, Config, attend, cannot_read, output
+from ._ops import define_op, no_triton
 
 # The two parts of each head dim, powers of two that a matrix instruction takes.
-HEAD_DIMS = {48: (32, 16), 80: (64, 16), 96: (64, 32), 160: (128, 32)}
+HEAD_DIMS = {dim: parts for dim, parts in PARTS.items() if parts[1]}
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-class Config(NamedTuple):
-    """A tile of queries, a tile of keys, and how they are run; benchmarks/bench_attention.py --sweep tries others."""
-
-    block_m: int = 64
-    block_n: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
-    wave: int = 0
 
 
 # Two to four programs an SM by registers and shared memory, so that one's products hide another's softmax.
@@ -66,12 +57,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
     block_n = CONFIGS[int(q.shape[3])].block_n
     if k.shape[2] < block_n:
         return f"there are {k.shape[2]} keys; allowed: {block_n} and more"
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(3) != 1:
-            return f"{name}.stride(3) is {x.stride(3)}; allowed: 1"
-        if x.stride(2) >= 2**23:
-            return f"{name}.stride(2) is {x.stride(2)}; allowed: below 2**23"
-    return None
+    return cannot_read(q=q, k=k, v=v)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
@@ -100,106 +86,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:
         _require(q.shape[2] == k.shape[2], "k.shape[2]", k.shape[2], f"q's {q.shape[2]} when is_causal")
 
 
-@triton.jit
-def _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, j, full, length, index, log2_scale, lane1, lane2,
-            CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Takes the j-th tile of keys into account: into sums, their weights' total, and the largest score."""
-    col = tl.arange(0, BLOCK_N)
-    first = tl.minimum(j * BLOCK_N, length - BLOCK_N)
-    k += first.to(tl.int64) * k_s + col[:, None] * k_s
-    v += first.to(tl.int64) * v_s + col[:, None] * v_s
-    s = tl.dot(q1, tl.trans(tl.load(k + lane1)))
-    s = tl.dot(q2, tl.trans(tl.load(k + lane2)), s)
-    if j >= full:
-        keep = (first + col >= j * BLOCK_N)[None, :]
-        if CAUSAL:
-            keep = keep & (first + col[None, :] <= index[:, None])
-        s = tl.where(keep, s, -float("inf"))
-    new_top = tl.maximum(top, tl.max(s, 1))
-    shift = tl.where(new_top == -float("inf"), 0.0, new_top * log2_scale)  # no inf - inf before the first score
-    p = tl.exp2(tl.fma(s, log2_scale, -shift[:, None]))  # one rounding: large scores lose nothing
-    decay = tl.exp2(top * log2_scale - shift)
-    total = total * decay + tl.sum(p, 1)
-    p = p.to(v.dtype.element_ty)
-    acc1 = tl.dot(p, tl.load(v + lane1), acc1 * decay[:, None])
-    acc2 = tl.dot(p, tl.load(v + lane2), acc2 * decay[:, None])
-    return acc1, acc2, new_top, total
-
-
-@triton.jit
-def _kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, out, batch, q_length, length, log2_scale,
-            H: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, CAUSAL: tl.constexpr,
-            WAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    log2_scale = tl.cast(log2_scale, tl.float32)  # Inductor passes Python floats as float64
-    program = tl.program_id(0)
-    tiles = tl.cdiv(q_length, BLOCK_M)
-    if WAVE:  # turn every other WAVE of programs round: an SM that began with long work goes on with short work
-        start = program // WAVE * WAVE
-        last = tl.minimum(start + WAVE, tiles * batch * H) - 1
-        program = tl.where(start // WAVE % 2 == 1, last - (program - start), program)
-    tile = tiles - 1 - program // (batch * H)
-    b = (program % (batch * H) // H).to(tl.int64)
-    h = (program % H).to(tl.int64)
-    lane1, lane2 = tl.arange(0, D1)[None, :], D1 + tl.arange(0, D2)[None, :]
-    row = tl.arange(0, BLOCK_M)
-    index = tile * BLOCK_M + row
-    exists = (index < q_length)[:, None]
-
-    q += b * q_b + h * q_h + (tile * BLOCK_M).to(tl.int64) * q_s
-    k += b * k_b + h // GROUP * k_h
-    v += b * v_b + h // GROUP * v_h
-    q1 = tl.load(q + row[:, None] * q_s + lane1, exists, other=0.0)
-    q2 = tl.load(q + row[:, None] * q_s + lane2, exists, other=0.0)
-    acc1, acc2 = tl.zeros([BLOCK_M, D1], tl.float32), tl.zeros([BLOCK_M, D2], tl.float32)
-    top, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-
-    # Tiles of keys before `full` need no mask.
-    full, end = length // BLOCK_N, tl.cdiv(length, BLOCK_N)
-    if CAUSAL:
-        full = tile * BLOCK_M // BLOCK_N
-        end = tl.cdiv(tl.minimum((tile + 1) * BLOCK_M, length), BLOCK_N)
-    if INTERPRET:  # `while` is not pipelined, but Triton 3.6's interpreter cannot take a range's bounds from NumPy 2.5
-        j = 0
-        while j < end:
-            acc1, acc2, top, total = _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, j, full, length, index,
-                                             log2_scale, lane1, lane2, CAUSAL, BLOCK_N)  # fmt: skip
-            j += 1
-    else:
-        for j in tl.range(0, end):
-            acc1, acc2, top, total = _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, j, full, length, index,
-                                             log2_scale, lane1, lane2, CAUSAL, BLOCK_N)  # fmt: skip
-
-    inverse = (1.0 / total)[:, None]
-    out += ((b * q_length + tile * BLOCK_M) * H + h) * (D1 + D2)
-    out_row = out + row[:, None] * (H * (D1 + D2))
-    tl.store(out_row + lane1, (acc1 * inverse).to(out.dtype.element_ty), exists)
-    tl.store(out_row + lane2, (acc2 * inverse).to(out.dtype.element_ty), exists)
-
-
-def _output(q: Tensor) -> Tensor:
-    """The result's memory [B, S_q, H, D]. The kernel gets this, no view: Inductor would copy a view that is written."""
-    batch, heads, length, dim = q.shape
-    return q.new_empty(batch, length, heads, dim)
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
     _check(q, k, v, is_causal)
     if q.numel() == 0:
-        return _output(q).transpose(1, 2)
+        return output(q).transpose(1, 2)
     if supports(q, k, v, is_causal, scale) is not None:
         return reference(q, k, v, is_causal, scale)
-    out = _output(q)
-    batch, heads, length, dim = q.shape
-    config = CONFIGS[int(dim)]
-    with on_device_of(q):
-        wrap_triton(_kernel)[(triton.cdiv(length, config.block_m) * batch * heads,)](
-            q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], out,
-            batch, length, k.shape[2], scale * math.log2(math.e),
-            H=int(heads), GROUP=int(heads) // int(k.shape[1]), D1=HEAD_DIMS[int(dim)][0], D2=HEAD_DIMS[int(dim)][1],
-            CAUSAL=is_causal, WAVE=config.wave, BLOCK_M=config.block_m, BLOCK_N=config.block_n, INTERPRET=INTERPRETED,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    return out.transpose(1, 2)
+    band = Band(right=0 if is_causal else None)
+    return attend(q, k, v, None, None, band, scale, CONFIGS[int(q.shape[3])]).transpose(1, 2)
 
 
 uneven_head_attention = define_op("torch_fuse::uneven_head_attention", _forward)
@@ -208,7 +102,7 @@ uneven_head_attention = define_op("torch_fuse::uneven_head_attention", _forward)
 @uneven_head_attention.register_fake
 def _fake(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
     _check(q, k, v, is_causal)
-    return _output(q).transpose(1, 2)
+    return output(q).transpose(1, 2)
 
 
 def _no_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -39,14 +39,16 @@ class CausalMask(Pattern):
             return None
         if attention.is_causal is not False:
             raise Miss("the attention has both a mask and is_causal", anchor)
-        meaning = view.mask_meaning(attention.mask, anchor)
+        mask = view.mask_meaning(attention.mask, anchor)
+        if not (mask.is_causal or mask.keeps_all):
+            return None  # padding and windows are masked_attention's
         query, key = tensor(attention.query), tensor(attention.key)
         assert query is not None and key is not None
-        if meaning == "causal" and not equal(query.shape[-2], key.shape[-2]):
-            raise Miss("the mask is causal from the top left, with more or fewer keys than queries", anchor)
-        note = "the mask is causal" if meaning == "causal" else "the mask keeps everything"
+        if mask.is_causal and not equal(query.shape[-2], key.shape[-2]):
+            return None  # causal from the top left, with more or fewer keys than queries: SDPA has no word for it
+        note = "the mask is causal" if mask.is_causal else "the mask keeps everything"
         inputs = (attention.query, attention.key, attention.value)
-        bindings = {"attention": attention, "is_causal": meaning == "causal"}
+        bindings = {"attention": attention, "is_causal": mask.is_causal}
         return Match(anchor, bindings, (anchor,), frozenset({anchor}), inputs, note)
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:

@@ -256,8 +256,8 @@ def _emit_table(table: Node, heads: Heads, builder: Builder) -> Node:
         return call["input"]
     node = table
     for _ in range(4 - found.dim()):
-        node = builder.once("unsqueeze", node, 0)
-    return builder.once("select", node, heads.axes[1], 0)
+        node = builder.shared("unsqueeze", node, 0)
+    return builder.shared("select", node, heads.axes[1], 0)
 
 
 def _emit_result(heads: Heads, node: Node, builder: Builder) -> Node:

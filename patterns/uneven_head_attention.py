@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from torch_fuse._compat import no_guards
-from torch_fuse.graph.attention import expanded_heads
-from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.attention import unrepeated_heads
 from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor
 from torch_fuse.kernels import uneven_head_attention
 from torch_fuse.options import Options
@@ -38,6 +37,7 @@ class UnevenHeadAttention(Pattern):
     name = "uneven_head_attention"
     kind = "attention"
     op = "torch_fuse::uneven_head_attention"
+    stage = "attend"
 
     def match(self, view: GraphView, anchor: Node) -> Match | None:
         attention = view.attentions[anchor]
@@ -53,13 +53,11 @@ class UnevenHeadAttention(Pattern):
         scale = dim**-0.5 if dim and attention.scale is None else attention.scale
         if dim not in uneven_head_attention.HEAD_DIMS or heads is None or not isinstance(scale, (int, float)):
             return None
-        (key, key_nodes), (value, value_nodes) = _unrepeated(key), _unrepeated(value)
-        if not _same_shapes(key, value):
-            key, value, key_nodes, value_nodes = attention.key, attention.value, set(), set()
+        key, value, repetition = unrepeated_heads(key, value)
         if not _fits(query, key, value, heads, attention.is_causal):
             return None
         arguments = (query, key, value, attention.is_causal, float(scale))
-        region = frozenset({anchor, *key_nodes, *value_nodes})
+        region = frozenset({anchor, *repetition})
         note = f"head_dim {dim} as {' + '.join(map(str, uneven_head_attention.HEAD_DIMS[dim]))}"
         bindings = {"arguments": arguments, "fake_mode": view.fake_mode}
         return Match(anchor, bindings, (anchor,), region, (query, key, value), note)
@@ -117,11 +115,6 @@ def _same_kind(*nodes: Node) -> bool:
     )  # fmt: skip
 
 
-def _same_shapes(a: Node, b: Node) -> bool:
-    x, y = tensor(a), tensor(b)
-    return x is not None and y is not None and same_shape(x.shape, y.shape)
-
-
 def _fits(query: Node, key: Node, value: Node, heads: int, is_causal: bool) -> bool:
     """Whether shapes are known to be what the op takes."""
     q, k, v = tensor(query), tensor(key), tensor(value)
@@ -130,28 +123,6 @@ def _fits(query: Node, key: Node, value: Node, heads: int, is_causal: bool) -> b
     if not kv_heads or heads % kv_heads or not same_shape(k.shape, v.shape) or not equal(k.shape[3], q.shape[3]):
         return False
     return not is_causal or equal(q.shape[2], k.shape[2])
-
-
-def _unrepeated(node: Node) -> tuple[Node, set[Node]]:
-    """Key or value heads before their repetition, where each is proven to be repeated equally often, in order."""
-    source, nodes = expanded_heads(node)
-    before, after = tensor(source), tensor(node)
-    if not nodes or before is None or after is None or before.dim() != 4:
-        return node, set()
-    same = equal(before.shape[0], after.shape[0]) and same_shape(before.shape[2:], after.shape[2:])
-    return (source, nodes) if same and all(_regular(x) for x in nodes) else (node, set())
-
-
-def _regular(node: Node) -> bool:
-    call = call_of(node)
-    if call is None:
-        return False
-    if call.op == "repeat_interleave":
-        return isinstance(call["repeats"], int)
-    if call.op == "getitem":
-        index = call["index"] if isinstance(call["index"], tuple) else (call["index"],)
-        return all(i is None or i is Ellipsis or i == slice(None) for i in index)
-    return not call.inplace
 
 
 # -- examples ------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_one_token_agrees(name: str) -> None:
     assert not result.problems, result.reasons
 
 
-def test_padding_keeps_its_mask() -> None:
+def test_padding_is_not_taken_for_a_causal_mask() -> None:
     model, inputs = models.build("Llama"), models.inputs("Llama")
     mask = torch.ones_like(inputs["input_ids"])
     mask[0, :4] = 0
@@ -117,7 +117,7 @@ def test_padding_keeps_its_mask() -> None:
     assert not result.problems
 
 
-def test_a_sliding_window_keeps_its_mask() -> None:
+def test_a_sliding_window_is_not_taken_for_a_causal_mask() -> None:
     torch.manual_seed(0)
     from transformers import MistralConfig, MistralForCausalLM
 

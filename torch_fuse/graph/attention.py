@@ -115,6 +115,39 @@ def expanded_heads(node: Node) -> tuple[Node, set[Node]]:
     return source, {*nodes, chain, expand["input"]}
 
 
+def unrepeated_heads(key: Node, value: Node) -> tuple[Node, Node, set[Node]]:
+    """Key and value heads before their repetition, and the nodes looked through.
+
+    As they are, with no nodes, unless both are proven to be repeated equally often, in order.
+    """
+    (k, k_nodes), (v, v_nodes) = _unrepeated(key), _unrepeated(value)
+    x, y = tensor(k), tensor(v)
+    if x is None or y is None or not same_shape(x.shape, y.shape):
+        return key, value, set()
+    return k, v, k_nodes | v_nodes
+
+
+def _unrepeated(node: Node) -> tuple[Node, set[Node]]:
+    source, nodes = expanded_heads(node)
+    before, after = tensor(source), tensor(node)
+    if not nodes or before is None or after is None or before.dim() != 4:
+        return node, set()
+    same = equal(before.shape[0], after.shape[0]) and same_shape(before.shape[2:], after.shape[2:])
+    return (source, nodes) if same and all(_regular(x) for x in nodes) else (node, set())
+
+
+def _regular(node: Node) -> bool:
+    call = call_of(node)
+    if call is None:
+        return False
+    if call.op == "repeat_interleave":
+        return isinstance(call["repeats"], int)
+    if call.op == "getitem":
+        index = call["index"] if isinstance(call["index"], tuple) else (call["index"],)
+        return all(i is None or i is Ellipsis or i == slice(None) for i in index)
+    return not call.inplace
+
+
 def attentions(nodes: list[Node]) -> Iterator[Attention]:
     """All attentions of a graph, in order."""
     for node in nodes:

@@ -24,6 +24,7 @@ mul(input, other)
 div(input, other, *, rounding_mode=None)
 floordiv(input, other)
 neg(input)
+abs(input)
 pow(input, exponent)
 square(input)
 sqrt(input)
@@ -115,6 +116,7 @@ _ALIASES: dict[str, tuple[str | Callable[..., Any], ...]] = {
     "div": (operator.truediv, "divide", "true_divide"),
     "floordiv": (operator.floordiv, "floor_divide"),
     "neg": (operator.neg, "negative"),
+    "abs": (operator.abs, abs, "absolute"),
     "pow": (operator.pow,),
     "matmul": (operator.matmul, "bmm", "mm"),
     "getitem": (operator.getitem,),

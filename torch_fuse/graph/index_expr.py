@@ -1,4 +1,7 @@
-"""Elements of index-only tensors (arange, comparisons, `tril`, ...) as expressions in their indices."""
+"""Elements of tensors computed from indices (arange, comparisons, `tril`, ...) as expressions in those indices.
+
+A boolean or integer tensor whose values are only known when the graph runs is a function of its indices: "loads".
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,13 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
 from torch_fuse.graph.calls import Call, call_of
+from torch_fuse.graph.index_views import DIM, Views, constant, is_bool
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, tensor, value
-
-DIM = [sympy.Symbol(f"d{i}", integer=True, nonnegative=True) for i in range(8)]
 
 _RELATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "eq": sympy.Eq, "ne": sympy.Ne, "lt": sympy.Lt, "le": sympy.Le, "gt": sympy.Gt, "ge": sympy.Ge,
@@ -31,57 +34,69 @@ _EXACT = {torch.bool, torch.int32, torch.int64, torch.float32, torch.float64}
 _CONSTANTS = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
 
 
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether an integer type holds all values of another type of integers or truth values."""
+    if wide == narrow or narrow == torch.bool:
+        return True
+    if wide.is_floating_point or narrow.is_floating_point or wide == torch.bool:
+        return False
+    outer, inner = torch.iinfo(wide), torch.iinfo(narrow)
+    return outer.min <= inner.min and inner.max <= outer.max
+
+
 def size_expr(size: Any) -> sympy.Expr:
     """A size as a sympy expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
-def _constant(number: Any, dtype: torch.dtype) -> Any:
-    if dtype == torch.bool:
-        return sympy.true if number else sympy.false
-    if isinstance(number, float):
-        if number in (float("inf"), float("-inf")):
-            return sympy.oo if number > 0 else -sympy.oo
-        return sympy.Integer(int(number)) if number.is_integer() else sympy.Float(number)
-    return sympy.Integer(number)
-
-
-def _is_bool(expr: Any) -> bool:
-    """Whether an element is a truth value (sympy counts symbols among its Booleans)."""
-    return isinstance(expr, sympy.logic.boolalg.Boolean) and not isinstance(expr, sympy.Symbol)
+def loads(expr: Any) -> set[AppliedUndef]:
+    """The runtime values that an element depends on."""
+    return expr.atoms(AppliedUndef)
 
 
 @dataclass
-class IndexTrace:
+class IndexTrace(Views):
     """Writes elements of tensors as expressions in d0, d1, ... (their own indices).
 
     Attributes:
         nodes: every node that was looked through.
+        sources: the tensors that are loaded from, by the name of their function.
+        reasons: why they could not be looked through.
     """
 
     nodes: set[Node] = field(default_factory=set)
+    sources: dict[str, Node] = field(default_factory=dict)
+    reasons: dict[str, Miss] = field(default_factory=dict)
     _memo: dict[Node, Any] = field(default_factory=dict)
 
     def trace(self, node: Any) -> Any:
         """The element of `node` at (d0, d1, ...).
 
         Raises:
-            Miss: when it depends on an input, or through an operator that is not understood.
+            Miss: when it depends on a floating-point input, or through an operator that is not understood.
         """
         if node not in self._memo:
             found = tensor(node)
             if found is None:
                 raise Miss(f"{node} is not a tensor", node if isinstance(node, Node) else None)
             self.nodes.add(node)
-            element = self._element(node, found)
-            if (
-                found.dtype not in _EXACT
-                and element.free_symbols & set(DIM)
-                and not isinstance(element, sympy.Piecewise)
-            ):
-                raise Miss(f"the mask is computed with indices in {found.dtype}, which may wrap or round", node)
+            try:
+                element = self._element(node, found)
+                indices = element.free_symbols & set(DIM)
+                if found.dtype not in _EXACT and indices and not isinstance(element, sympy.Piecewise):
+                    raise Miss(f"the mask is computed with indices in {found.dtype}, which may wrap or round", node)
+            except Miss as miss:
+                element = self._load(node, found, miss)
             self._memo[node] = element
         return self._memo[node]
+
+    def _load(self, node: Node, found: torch.Tensor, reason: Miss) -> Any:
+        """The element of a tensor that is read as it is. A floating-point one may be NaN: no condition describes it."""
+        if found.dtype.is_floating_point or found.dtype.is_complex or not 1 <= found.dim() <= len(DIM):
+            raise reason
+        self.sources[node.name], self.reasons[node.name] = node, reason
+        element = sympy.Function(node.name, integer=True)(*DIM[: found.dim()])
+        return sympy.Ne(element, 0) if found.dtype == torch.bool else element
 
     def _element(self, node: Node, found: torch.Tensor) -> Any:
         if node.op in ("placeholder", "get_attr"):
@@ -95,9 +110,9 @@ class IndexTrace:
             if call.op in _RELATIONS or call.op in _ARITHMETIC or call.op in _LOGIC:
                 return self._binary(node, call, found)
             if call.op in _CONSTANTS:
-                return _constant(_CONSTANTS[call.op], found.dtype)
+                return constant(_CONSTANTS[call.op], found.dtype)
             if call.op in ("full", "full_like", "new_full") and isinstance(call["fill_value"], (int, float)):
-                return _constant(call["fill_value"], found.dtype)
+                return constant(call["fill_value"], found.dtype)
         if call is None or handler is None:
             shown = getattr(node.target, "__name__", node.target)
             raise Miss(f"the mask is computed with {shown}, which is not understood", node)
@@ -105,44 +120,32 @@ class IndexTrace:
 
     # -- operands --------------------------------------------------------------------------------------------
 
-    def _operand(self, item: Any, result: torch.Tensor, rank: int | None = None) -> Any:
-        """An operand's element in the indices of the result it is broadcast to."""
-        rank = result.dim() if rank is None else rank
-        found = tensor(item)
-        if found is not None:
-            shift = rank - found.dim()
-            by_index = {
-                DIM[d]: sympy.Integer(0) if equal(size, 1) else DIM[d + shift] for d, size in enumerate(found.shape)
-            }
-            return self.trace(item).subs(by_index, simultaneous=True)
-        number = value(item)
-        if isinstance(number, torch.SymInt):
-            return number.node.expr
-        if isinstance(number, bool):
-            return sympy.true if number else sympy.false
-        if isinstance(number, (int, float)):
-            return _constant(number, torch.float32 if isinstance(number, float) else torch.int64)
-        raise Miss(f"an operand is {number!r}", item if isinstance(item, Node) else None)
-
     def _binary(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         a, b = self._operand(call["input"], found), self._operand(call["other"], found)
         if call.args.get("alpha", 1) != 1:
             raise Miss("the mask is computed with alpha != 1", node)
         if call.op in _LOGIC:
-            if not (_is_bool(a) and _is_bool(b)):
+            if not (is_bool(a) and is_bool(b)):
                 raise Miss("the mask combines integers bit by bit", node)
             return _LOGIC[call.op](a, b)
-        if _is_bool(a) or _is_bool(b):
+        if is_bool(a) or is_bool(b):
             return self._of_booleans(node, call.op, a, b)
         if isinstance(a, sympy.Piecewise) or isinstance(b, sympy.Piecewise):
             return self._of_choices(node, call.op, a, b)
+        loaded = loads(a) | loads(b)
+        if loaded and not (call.op in _RELATIONS and (a.is_number or b.is_number)):  # sums may wrap
+            raise self.reasons[next(iter(loaded)).func.__name__]
+        if isinstance(a, sympy.Abs) and call.op in ("lt", "le"):
+            return sympy.And(_RELATIONS[call.op](a.args[0], b), _RELATIONS[call.op](-a.args[0], b))
+        if a.has(sympy.Abs) or b.has(sympy.Abs):
+            raise Miss(f"the mask is computed with {call.op} of an absolute value", node)
         if call.op in _RELATIONS:
             difference = sympy.expand(a - b)
             return _RELATIONS[call.op](difference, 0) if difference.is_number else _RELATIONS[call.op](a, b)
         return sympy.expand(_ARITHMETIC[call.op](a, b))
 
     def _of_booleans(self, node: Node, op: str, a: Any, b: Any) -> Any:
-        if _is_bool(a) and _is_bool(b) and op in ("eq", "ne", "mul"):
+        if is_bool(a) and is_bool(b) and op in ("eq", "ne", "mul"):
             same = sympy.Not(sympy.Xor(a, b))
             return {"eq": same, "ne": sympy.Not(same), "mul": sympy.And(a, b)}[op]
         if op == "eq" and b in (0, 1):
@@ -189,25 +192,38 @@ class IndexTrace:
             return sympy.Piecewise((sympy.Integer(1), element), (sympy.Integer(0), True))
         if source.dtype.is_floating_point and not found.dtype.is_floating_point:
             raise Miss("the mask rounds to integers", node)
+        if loads(element) and not isinstance(element, sympy.Piecewise) and not _holds(found.dtype, source.dtype):
+            raise self.reasons[next(iter(loads(element))).func.__name__]
         return element
 
     _contiguous = _clone = _cast
 
     def _not(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         element = self.trace(call["input"])
-        if not _is_bool(element):
+        if not is_bool(element):
             raise Miss("the mask inverts integers bit by bit", node)
         return sympy.Not(element)
 
     def _neg(self, node: Node, call: Call, found: torch.Tensor) -> Any:
-        return -self.trace(call["input"])
+        return self._without_loads(-self.trace(call["input"]))
+
+    def _abs(self, node: Node, call: Call, found: torch.Tensor) -> Any:
+        element = self._without_loads(self.trace(call["input"]))
+        if is_bool(element) or isinstance(element, sympy.Piecewise):
+            raise Miss("the mask is computed with abs of a choice", node)
+        return sympy.Abs(element, evaluate=False)
+
+    def _without_loads(self, element: Any) -> Any:
+        for load in loads(element):
+            raise self.reasons[load.func.__name__]
+        return element
 
     def _where(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         condition = self._operand(call["condition"], found)
         chosen, other = self._operand(call["input"], found), self._operand(call["other"], found)
-        if _is_bool(chosen) and _is_bool(other):
+        if is_bool(chosen) and is_bool(other):
             return sympy.Or(sympy.And(condition, chosen), sympy.And(sympy.Not(condition), other))
-        if _is_bool(chosen) or _is_bool(other):
+        if is_bool(chosen) or is_bool(other):
             raise Miss("the mask chooses between a boolean and a number", node)
         return sympy.Piecewise((chosen, condition), (other, True))
 
@@ -226,105 +242,11 @@ class IndexTrace:
             raise Miss("the mask's diagonal is not a number", node)
         inside = sympy.Ge(j, i + offset) if call.op == "triu" else sympy.Le(j, i + offset)
         element = self.trace(call["input"])
-        if _is_bool(element):
+        if is_bool(element):
             return sympy.And(inside, element)
         return sympy.Piecewise((element, inside), (sympy.Integer(0), True))
 
     _triu = _tril
-
-    def _permuted(self, source: Any, dims: list[int]) -> Any:
-        """Element of a tensor whose dimension d is the source's dimension dims[d]."""
-        by_index = {DIM[old]: DIM[new] for new, old in enumerate(dims)}
-        return self.trace(source).subs(by_index, simultaneous=True)
-
-    def _transpose(self, node: Node, call: Call, found: torch.Tensor) -> Any:
-        dims = list(range(found.dim()))
-        a, b = call["dim0"] % found.dim(), call["dim1"] % found.dim()
-        dims[a], dims[b] = b, a
-        return self._permuted(call["input"], dims)
-
-    def _permute(self, node: Node, call: Call, found: torch.Tensor) -> Any:
-        return self._permuted(call["input"], [d % found.dim() for d in call["dims"]])
-
-    def _t(self, node: Node, call: Call, found: torch.Tensor) -> Any:
-        return self._permuted(call["input"], [1, 0] if found.dim() == 2 else [0])
-
-    _numpy_T = _t
-
-    def _expand(self, node: Node, call: Call, found: torch.Tensor) -> Any:
-        return self._operand(call["input"], found)
-
-    _expand_as = _expand
-
-    def _unsqueeze(self, node: Node, call: Call, found: torch.Tensor) -> Any:
-        at = call["dim"] % found.dim()
-        by_index = {DIM[d]: DIM[d + 1] for d in range(at, found.dim() - 1)}
-        return self.trace(call["input"]).subs(by_index, simultaneous=True)
-
-    def _reshaped(self, node: Node, call: Call, found: torch.Tensor) -> Any:
-        """A reshape that only adds or removes dimensions of size 1."""
-        source = tensor(call["input"])
-        assert source is not None
-        old = [d for d, size in enumerate(source.shape) if not equal(size, 1)]
-        new = [d for d, size in enumerate(found.shape) if not equal(size, 1)]
-        kept = zip(old, new, strict=False)
-        if len(old) != len(new) or not all(equal(source.shape[a], found.shape[b]) for a, b in kept):
-            raise Miss("the mask is reshaped", node)
-        by_index = {DIM[d]: sympy.Integer(0) for d in range(source.dim())}
-        by_index.update({DIM[a]: DIM[b] for a, b in zip(old, new, strict=True)})
-        return self.trace(call["input"]).subs(by_index, simultaneous=True)
-
-    _view = _reshape = _squeeze = _flatten = _unflatten = _reshaped
-
-    def _getitem(self, node: Node, call: Call, found: torch.Tensor) -> Any:
-        source, index = tensor(call["input"]), call["index"]
-        if source is None:
-            raise Miss("the mask is taken out of a list", node)
-        parts = list(index) if isinstance(index, tuple) else [index]
-        if parts and all(tensor(part) is not None for part in parts) and len(parts) <= source.dim():
-            return self._gathered(call["input"], parts, found)
-        if Ellipsis in parts:
-            at = parts.index(Ellipsis)
-            missing = source.dim() - sum(part is not None and part is not Ellipsis for part in parts)
-            parts[at : at + 1] = [slice(None)] * missing
-        by_index, new, old = {}, 0, 0
-        for part in parts + [slice(None)] * (source.dim() - sum(part is not None for part in parts)):
-            if part is None:
-                new += 1
-            elif isinstance(part, int) and not isinstance(part, bool) and part >= 0:
-                by_index[DIM[old]] = sympy.Integer(part)
-                old += 1
-            elif isinstance(part, slice):
-                by_index[DIM[old]] = self._sliced(part, DIM[new], node)
-                old, new = old + 1, new + 1
-            else:
-                raise Miss(f"the mask is indexed with {part!r}", node)
-        return self.trace(call["input"]).subs(by_index, simultaneous=True)
-
-    def _sliced(self, part: slice, index: sympy.Symbol, node: Node) -> Any:
-        start, step = value(part.start) or 0, value(part.step) or 1
-        if isinstance(start, torch.SymInt) or not isinstance(step, int):
-            raise Miss("the mask is sliced from a dynamic start", node)
-        if start < 0:
-            raise Miss("the mask is sliced from the end", node)
-        return start + step * index
-
-    def _gathered(self, source: Any, indices: list[Any], found: torch.Tensor) -> Any:
-        """source[i0, i1, ...] with index tensors for the leading dimensions."""
-        base = tensor(source)
-        assert base is not None
-        gathered_rank = found.dim() - (base.dim() - len(indices))
-        by_index = {}
-        for d, item in enumerate(indices):
-            element = self._operand(item, found, gathered_rank)
-            if _is_bool(element):
-                raise Miss("the mask is selected by a mask", item)
-            if element.is_nonnegative is not True:
-                raise Miss("the mask is gathered with indices that may be negative", item)
-            by_index[DIM[d]] = element
-        for d in range(len(indices), base.dim()):
-            by_index[DIM[d]] = DIM[d - len(indices) + gathered_rank]
-        return self.trace(source).subs(by_index, simultaneous=True)
 
     # -- packed sequences ------------------------------------------------------------------------------------
 
@@ -334,7 +256,7 @@ class IndexTrace:
         if call["n"] != 1 or call["dim"] not in (-1, last) or call["append"] is not None:
             raise Miss("the mask is computed with an unusual diff", node)
         element, index = self.trace(call["input"]), DIM[last]
-        if _is_bool(element):
+        if is_bool(element):
             raise Miss("the mask is computed with diff of booleans", node)
         step = sympy.expand(element.subs(index, index + 1) - element)
         if call["prepend"] is not None:
@@ -349,6 +271,6 @@ class IndexTrace:
     def _cumsum(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         element, index = self.trace(call["input"]), DIM[call["dim"] % found.dim()]
         element = {sympy.true: sympy.Integer(1), sympy.false: sympy.Integer(0)}.get(element, element)
-        if _is_bool(element) or element.has(index) or isinstance(element, sympy.Piecewise):
+        if is_bool(element) or element.has(index) or isinstance(element, sympy.Piecewise):
             raise Miss("the mask is computed with cumsum of something that is not constant", node)
         return sympy.expand(element * (index + 1))

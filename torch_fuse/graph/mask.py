@@ -1,29 +1,60 @@
 """Recogniser: what an attention mask means. Proven from what it is computed of, never taken from its name.
 
 The mask's elements are written as a condition on the indices (batch, head, query i, key j) by running the graph on
-symbolic index expressions. A mask that depends on data (padding, packed positions) has no such condition.
+symbolic index expressions. Padding is a condition on values that are only known when the graph runs: which keys of a
+batch are kept. Masks of other data (packed positions, chunks after padding) have no such condition.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
 from torch_fuse._compat import ShapeEnv, known_true
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.fold import fold_constant
-from torch_fuse.graph.index_expr import DIM, IndexTrace, size_expr
+from torch_fuse.graph.index_expr import DIM, IndexTrace, loads, size_expr
 from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.values import tensor
-
-Meaning = Literal["all", "causal"]
+from torch_fuse.graph.values import equal, tensor
 
 
-def match_mask(node: Node, order: Order, before: Node, shape_env: ShapeEnv | None) -> Meaning:
-    """What a mask keeps: "all" keys, or ("causal") the keys up to the query's own index, top-left aligned.
+@dataclass(frozen=True)
+class Mask:
+    """Query i of a batch attends to key j where i - left <= j <= i + right and `keys` holds.
+
+    Attributes:
+        left: how far back a query sees, or None for any distance; a causal window of w keys has w - 1.
+        right: how far ahead; causal masks have 0.
+        keys: condition on values of the keys, `sympy.true` when there is none. The values are applied functions of
+            `DIM[rank - 4]` (batch) and `DIM[rank - 1]` (key), named as in `sources`.
+        sources: boolean and integer tensors of the graph that `keys` loads from.
+        rank: of the mask.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    keys: sympy.Basic = sympy.true
+    sources: Mapping[str, Node] = field(default_factory=dict)
+    rank: int = 4
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every query attends to every key."""
+        return self.left is None and self.right is None and self.keys == sympy.true
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether queries attend to the keys up to their own index, and to all of them."""
+        return self.left is None and self.right == 0 and self.keys == sympy.true
+
+
+def match_mask(node: Node, order: Order, before: Node, shape_env: ShapeEnv | None) -> Mask:
+    """What a mask keeps.
 
     Args:
         node: boolean mask (True: attend) or additive mask, broadcastable to [B, H, S_q, S_k].
@@ -32,21 +63,24 @@ def match_mask(node: Node, order: Order, before: Node, shape_env: ShapeEnv | Non
         shape_env: of the graph, for dynamic sizes.
 
     Raises:
-        Miss: with the reason why neither is proven.
+        Miss: with the reason why nothing is proven.
     """
     found = tensor(node)
     if found is None or not 2 <= found.dim() <= 4:
         raise Miss("the mask is not a tensor of 2 to 4 dimensions", node)
     trace = IndexTrace()
     try:
-        keep = _keep_condition(trace.trace(node), found, node)
+        keep, finite = _keep_condition(trace.trace(node), found, node)
         order.check_unwritten(list(trace.nodes), order.index[before])
-        return _decide(keep, found, node, shape_env)
+        mask = _decide(keep, found, node, shape_env, trace)
+        if finite and not _keeps_a_key(mask, found, shape_env):
+            raise Miss("the mask adds a finite number: rows without a key would average all values", node)
+        return mask
     except Miss as symbolic:
         folded = fold_constant(node, order, before)
         if folded is None:
             raise
-        meaning = _evaluate(folded, node)
+        meaning = _evaluate(folded)
         if meaning is None:
             raise Miss(symbolic.reason, symbolic.node) from None
         return meaning
@@ -74,31 +108,35 @@ def match_kept_keys(
     i, j = DIM[rank - 2], DIM[rank - 1]
     trace = IndexTrace()
     try:
-        keep = _keep_condition(trace.trace(node), found, node)
+        keep, _ = _keep_condition(trace.trace(node), found, node)
         order.check_unwritten(list(trace.nodes), order.index[before])
     except Miss:
         return frozenset()
     if inverted:
         keep = sympy.Not(keep)
     sizes = {DIM[d]: size_expr(size) for d, size in enumerate(found.shape)}
+    keep = keep.subs({DIM[d]: sympy.Integer(0) for d, size in enumerate(found.shape) if equal(size, 1)})
     keys = {"first": sympy.Integer(0)}
     if known_true(sympy.Ge(sizes[j], sizes[i]), shape_env):
         keys["own"] = i
     return frozenset(
         name
         for name, key in keys.items()
-        if all(_truth(part, sizes, shape_env) for part in sympy.And.make_args(keep.subs(j, key)))
+        if all(
+            not part.atoms(AppliedUndef) and _truth(part, sizes, shape_env)
+            for part in sympy.And.make_args(keep.subs(j, key))
+        )
     )
 
 
-def _keep_condition(element: sympy.Basic, found: torch.Tensor, node: Node) -> sympy.Basic:
-    """The condition under which a pair is attended to."""
+def _keep_condition(element: sympy.Basic, found: torch.Tensor, node: Node) -> tuple[sympy.Basic, bool]:
+    """The condition under which a pair is attended to, and whether others are excluded by a finite number only."""
     if found.dtype == torch.bool:
-        return element
+        return element, False
     if not found.dtype.is_floating_point:
         raise Miss(f"the mask has dtype {found.dtype}", node)
     branches = element.args if isinstance(element, sympy.Piecewise) else [(element, sympy.true)]
-    keep, taken = sympy.false, sympy.false
+    keep, taken, finite = sympy.false, sympy.false, False
     for value, condition in branches:
         here = sympy.And(condition, sympy.Not(taken))
         taken = sympy.Or(taken, condition)
@@ -108,7 +146,9 @@ def _keep_condition(element: sympy.Basic, found: torch.Tensor, node: Node) -> sy
             keep = sympy.Or(keep, here)
         elif not _excludes(value, found.dtype):
             raise Miss(f"the mask adds {value} to scores, which is neither 0 nor -inf", node)
-    return keep
+        else:
+            finite |= value != -sympy.oo
+    return keep, finite
 
 
 def _excludes(value: sympy.Basic, dtype: torch.dtype) -> bool:
@@ -124,23 +164,57 @@ def _excludes(value: sympy.Basic, dtype: torch.dtype) -> bool:
     return bool(value <= -1e38)
 
 
-def _decide(keep: sympy.Basic, found: torch.Tensor, node: Node, shape_env: ShapeEnv | None) -> Meaning:
+def _decide(keep: sympy.Basic, found: torch.Tensor, node: Node, shape_env: ShapeEnv | None, trace: IndexTrace) -> Mask:
     rank = found.dim()
     i, j = DIM[rank - 2], DIM[rank - 1]
     sizes = {DIM[d]: size_expr(size) for d, size in enumerate(found.shape)}
-    unproven = []
-    for conjunct in sympy.And.make_args(keep):
+    keys: list[sympy.Basic] = []
+    bounds: dict[str, list[int]] = {"left": [], "right": []}
+    broadcast = {DIM[d]: sympy.Integer(0) for d, size in enumerate(found.shape) if equal(size, 1)}
+    for conjunct in sympy.And.make_args(keep.subs(broadcast)):
+        if conjunct.atoms(AppliedUndef):
+            _check_keys(conjunct, rank, trace)
+            keys.append(conjunct)
+            continue
         truth = _truth(conjunct, sizes, shape_env)
         if truth is False:
             raise Miss("the mask removes every key", node)
         if truth is None:
-            unproven.append(conjunct)
-    if not unproven:
-        return "all"
-    if len(unproven) == 1 and _difference(unproven[0]) == i - j:
-        return "causal"
-    shown = " and ".join(str(conjunct) for conjunct in unproven[:2])
-    raise Miss(f"the mask keeps {_readable(shown, i, j)}, which is not causal", node)
+            side, distance = _bound(conjunct, i, j, node)
+            bounds[side].append(distance)
+    left, right = (min(bounds[side], default=None) for side in ("left", "right"))
+    names = {load.func.__name__ for conjunct in keys for load in loads(conjunct)}
+    return Mask(left, right, sympy.And(*keys), {name: trace.sources[name] for name in sorted(names)}, rank)
+
+
+def _check_keys(conjunct: sympy.Basic, rank: int, trace: IndexTrace) -> None:
+    """Raises Miss unless a condition on loaded values is one on batch and key alone."""
+    allowed = {DIM[rank - 1]} | ({DIM[0]} if rank == 4 else set())
+    values = loads(conjunct)
+    plain = conjunct.xreplace({load: sympy.Dummy(load.func.__name__) for load in values})
+    for load in values:
+        indices = [index for index in load.args if not index.is_Integer]
+        if not set(indices) <= allowed or len(set(indices)) != len(indices) or plain.free_symbols & set(DIM):
+            raise trace.reasons[load.func.__name__]
+
+
+def _bound(conjunct: sympy.Basic, i: sympy.Symbol, j: sympy.Symbol, node: Node) -> tuple[str, int]:
+    """A condition as the side and the distance to which a query sees: j <= i + right or j >= i - left."""
+    difference = _difference(conjunct)
+    factor = sympy.Integer(0) if difference is None else difference.coeff(i)
+    if factor.is_Integer and factor != 0:
+        rest = sympy.expand(difference - factor * (i - j))
+        if rest.is_Integer:
+            return "right" if factor > 0 else "left", int(sympy.floor(rest / abs(factor)))
+    raise Miss(f"the mask keeps {_readable(str(conjunct), i, j)}, which is no distance between query and key", node)
+
+
+def _keeps_a_key(mask: Mask, found: torch.Tensor, shape_env: ShapeEnv | None) -> bool:
+    """Whether every query is known to attend to at least one key."""
+    if mask.keys != sympy.true or (mask.right is not None and mask.right < 0):
+        return False
+    queries, keys = (size_expr(size) for size in found.shape[-2:])
+    return mask.left is None or (mask.left >= 0 and known_true(sympy.Le(queries - mask.left, keys), shape_env))
 
 
 def _readable(text: str, i: sympy.Symbol, j: sympy.Symbol) -> str:
@@ -183,18 +257,28 @@ def _truth(condition: sympy.Basic, sizes: dict[sympy.Symbol, sympy.Expr], shape_
     return False if known_true(sympy.Lt(highest, 0), shape_env) else None
 
 
-def _evaluate(mask: torch.Tensor, node: Node) -> Meaning | None:
+def _evaluate(mask: torch.Tensor) -> Mask | None:
     """The meaning of a constant mask, from its values."""
+    finite = False
     if mask.dtype != torch.bool:
-        lowest = torch.finfo(mask.dtype).min
+        lowest = mask == torch.finfo(mask.dtype).min
         excluded = mask == -torch.inf
         if mask.dtype != torch.float16:
-            excluded |= mask == lowest
+            finite = bool(lowest.any())
+            excluded |= lowest
         if not bool((excluded | (mask == 0)).all()):
             return None
         mask = ~excluded
+    if not bool(mask.any()) or (finite and not bool(mask.any(-1).all())):
+        return None
     if bool(mask.all()):
-        return "all"
+        return Mask()
     queries, keys = mask.shape[-2:]
-    causal = torch.ones(queries, keys, dtype=torch.bool).tril()
-    return "causal" if bool((mask == causal).all()) else None
+    if queries == 1 or keys == 1:  # broadcast: its index is not the query's or the key's
+        return None
+    distance = torch.arange(keys) - torch.arange(queries)[:, None]
+    kept = distance.expand(mask.shape)[mask]
+    first, last = int(kept.min()), int(kept.max())
+    if not bool((mask == ((distance >= first) & (distance <= last))).all()):
+        return None
+    return Mask(None if first == 1 - queries else -first, None if last == keys - 1 else last)

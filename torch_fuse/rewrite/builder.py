@@ -12,9 +12,6 @@ from torch_fuse._compat import FakeTensorMode, no_guards, op_overload
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, same_shape, tensor, value
 
-# Marks the views that other rewrites may share.
-_EMITTED = "torch_fuse_emitted"
-
 
 class Builder:
     """Inserts calls before one node of a graph."""
@@ -46,20 +43,19 @@ class Builder:
             raise Miss(f"{target} does not accept its inputs: {error}", node) from error
         return node
 
-    def once(self, target: Callable[..., Any] | str, source: Node, *args: Any) -> Node:
-        """A view of `source`, emitted unless an earlier rewrite has emitted it already.
+    def shared(self, target: Callable[..., Any] | str, *args: Any) -> Node:
+        """Like `call`, for pure functions: takes the node that an earlier rewrite emitted, if one did.
 
-        Layers share tables; given a view for each layer, Inductor computes the table for each.
+        Layers share masks and tables; given one for each layer, Inductor would compute each.
         """
-        for user in source.users:
-            if (
-                user.meta.get(_EMITTED)
-                and (user.target, user.args) == (target, (source, *args))
-                and user < self._before
-            ):
-                return user
-        node = self.call(target, source, *args)
-        node.meta[_EMITTED] = True
+        wanted = target if isinstance(target, str) else op_overload(target)
+        source = next(arg for arg in args if isinstance(arg, Node))
+        for node in source.users:
+            same = node.meta.get("torch_fuse_shared") and (node.target, node.args) == (wanted, args)
+            if same and node < self._before:
+                return node
+        node = self.call(target, *args)
+        node.meta["torch_fuse_shared"] = True
         return node
 
     def discard(self) -> None:

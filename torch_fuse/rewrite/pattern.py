@@ -14,7 +14,7 @@ from torch_fuse.options import Options
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.view import GraphView
 
-Stage = Literal["canonicalise", "fuse"]
+Stage = Literal["canonicalise", "fuse", "attend"]
 STAGES: tuple[str, ...] = get_args(Stage)
 
 
@@ -63,8 +63,9 @@ class Pattern:
         name: unique, named by what it does.
         kind: the candidates it is tried on: "attention", "norm_linear", "combine", "dequant", or "" for its own
             `anchors`.
-        stage: when it is tried: all "canonicalise" patterns, which only respell so that others recognise more, come
-            before all "fuse" patterns; within a stage the order is alphabetical.
+        stage: when it is tried: "canonicalise" patterns, which only respell so that others recognise more, come first,
+            then "fuse" patterns, then "attend" patterns, which replace an attention itself and so come after those
+            that look at what goes into it. Within a stage the order is alphabetical.
         op: qualified name of the op that it emits, or "" when it emits PyTorch's own operators.
         needs_kernel: False when the rewrite uses PyTorch's own operators only and wins on every device.
     """

@@ -11,7 +11,7 @@ from torch_fuse.graph.attention import Attention, attentions
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.linear import match_linear
-from torch_fuse.graph.mask import Meaning, match_mask
+from torch_fuse.graph.mask import Mask, match_mask
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.norm import match_norm, strip_casts
 from torch_fuse.graph.residual import match_residual
@@ -43,7 +43,7 @@ class GraphView:
         self.gm = gm
         self._writes = writes
         self.nodes = list(gm.graph.nodes)
-        self._masks: dict[Node, Meaning | Miss] = {}
+        self._masks: dict[Node, Mask | Miss] = {}
 
     @cached_property
     def order(self) -> Order:
@@ -77,7 +77,7 @@ class GraphView:
             return self._dequants
         raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
 
-    def mask_meaning(self, mask: Node, before: Node) -> Meaning:
+    def mask_meaning(self, mask: Node, before: Node) -> Mask:
         """What a mask keeps; many layers share one mask, so the answer is remembered.
 
         Raises:

@@ -1,0 +1,223 @@
+"""Attention over a band of keys and without padded keys: causal, sliding windows and padding masks, without the mask.
+
+    keep[b, i, j] = (j >= i - left) & (j <= i + right) & key_keep[b, j]        None: no condition
+    out = softmax(where(keep, q @ k.T * scale, -inf)) @ v;        zeros for a query that keeps no key
+
+What `scaled_dot_product_attention` computes with the dense boolean mask `keep`, which no one reads here: tiles outside
+of the band or the kept keys are skipped. The forward and the backward pass are FlashAttention-2's (Dao,
+arXiv:2307.08691), see `_flash` and `_flash_backward`; gradients are summed in a fixed order.
+
+- q [B, H, S_q, D]; k, v [B, H_kv, S_k, D], H a multiple of H_kv: each key head serves H / H_kv query heads.
+  bfloat16 and float16 on a GPU, D in `CONFIGS`, at least 64 keys, last stride 1 and other strides as they are; the
+  rest is left to `torch.nn.functional.scaled_dot_product_attention` with the dense mask.
+- key_keep: boolean [B, S_k] or [1, S_k], or None.
+- key_range: `key_range(key_keep)`, to compute it once for many layers; None: computed here. Any other tensor gives
+  wrong results.
+- left, right: as above; a causal window of w keys is left = w - 1, right = 0. Either may be negative.
+- scale: factor of the scores.
+- Returns [B, H, S_q, D] in q's dtype, as the transpose of a contiguous [B, S_q, H, D], and the logarithm to base 2 of
+  the sum of exp(scores), [B, H, S_q] in fp32, +inf where there is no key (for the backward pass; no gradient).
+- Values of keys that no query of a tile sees are not read: a NaN there does not spread, as zero times NaN would.
+- Raises ValueError, naming the argument, its value and what is allowed.
+
+Example:
+    >>> q, k, v = torch.randn(3, 1, 2, 5, 32).unbind(0)
+    >>> out, _ = masked_attention(q, k, v, torch.tensor([[True, True, True, True, False]]), None, 1, 0, 32**-0.5)
+    >>> out.stride()
+    (320, 32, 64, 1)
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._flash import Band, Config, attend, cannot_read, output
+from ._flash_backward import backward
+from ._ops import define_op, no_triton
+
+DTYPES = (torch.bfloat16, torch.float16)
+# Forward; gradients of keys and values; gradients of queries. benchmarks/bench_masked_attention.py sweeps others.
+CONFIGS = {
+    32: (Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
+    48: (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    64: (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
+    80: (Config(64, 64, 4, 3), Config(64, 64, 8, 2), Config(64, 64, 4, 2)),
+    96: (Config(64, 64, 4, 3), Config(64, 64, 8, 2), Config(64, 64, 4, 2)),
+    128: (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+    160: (Config(128, 64, 8, 2), Config(32, 64, 8, 2), Config(64, 32, 8, 2)),
+    256: (Config(64, 64, 8, 2), Config(32, 64, 8, 2), Config(64, 32, 8, 2)),
+}
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> str | None:
+    """Why the Triton kernels cannot take these arguments (the op then runs its reference), or None."""
+    reason = no_triton(q)
+    if reason is not None:
+        return reason
+    if q.dtype not in DTYPES:
+        return f"dtype is {q.dtype}; allowed: bfloat16, float16"
+    if q.shape[3] not in CONFIGS:
+        return f"head_dim is {q.shape[3]}; allowed: {', '.join(map(str, CONFIGS))}"
+    if not 0 < scale < math.inf:
+        return f"scale is {scale}; allowed: positive numbers"
+    block_n = CONFIGS[int(q.shape[3])][0].block_n
+    if k.shape[2] < block_n:
+        return f"there are {k.shape[2]} keys; allowed: {block_n} and more"
+    return cannot_read(q=q, k=k, v=v)
+
+
+def dense_mask(q: Tensor, k: Tensor, key_keep: Tensor | None, left: int | None, right: int | None) -> Tensor:
+    """The mask written out: boolean, broadcastable to [B, H, S_q, S_k]."""
+    i = torch.arange(q.shape[2], device=q.device)[:, None]
+    j = torch.arange(k.shape[2], device=q.device)[None, :]
+    keep = i >= 0 if key_keep is None else key_keep[:, None, None, :]
+    if left is not None:
+        keep = keep & (j >= i - left)
+    if right is not None:
+        keep = keep & (j <= i + right)
+    return keep.expand(*keep.shape[:-2], q.shape[2], k.shape[2])
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, left: int | None,
+              right: int | None, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op in plain torch: differentiable, compilable, float64 for float64 inputs."""
+    gqa = bool(q.shape[1] != k.shape[1])
+    mask = dense_mask(q, k, key_keep, left, right)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    return out, q.new_zeros(q.shape[:3], dtype=torch.float32)
+
+
+def _key_range(key_keep: Tensor) -> Tensor:
+    """The first kept key of each batch, one past the last, and how many between are not kept: int32 [B, 3].
+
+    Without any kept key the range is empty: [S_k, 0, at most 0].
+    """
+    length = key_keep.shape[1]
+    position = torch.arange(1, length + 1, device=key_keep.device, dtype=torch.int32)
+    kept = key_keep.to(torch.int32)
+    end = (kept * position).amax(1)
+    first = length - (kept * (length + 1 - position)).amax(1)
+    return torch.stack((first, end, end - first - kept.sum(1, dtype=torch.int32)), 1).to(torch.int32)
+
+
+key_range = define_op("torch_fuse::key_range", _key_range)
+
+
+@key_range.register_fake
+def _fake_key_range(key_keep: Tensor) -> Tensor:
+    return key_keep.new_empty(key_keep.shape[0], 3, dtype=torch.int32)
+
+
+def _require(ok: bool, argument: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ValueError(f"masked_attention: {argument} is {value}; allowed: {allowed}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _require(x.dim() == 4, f"{name}.shape", tuple(x.shape), "four dimensions [B, H, S, D]")
+        _require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"q's {q.dtype}")
+        _require(x.device == q.device, f"{name}.device", x.device, f"q's {q.device}")
+    wanted = "[B, H_kv, S_k, D] with q's B and D, and H_kv a divisor of q's H"
+    heads, kv_heads = q.shape[1], k.shape[1]
+    ok = k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]
+    _require(ok and kv_heads > 0 and heads % kv_heads == 0, "k.shape", tuple(k.shape), wanted)
+    _require(v.shape == k.shape, "v.shape", tuple(v.shape), f"k's {tuple(k.shape)}")
+    if key_keep is not None:
+        _require(key_keep.dtype == torch.bool, "key_keep.dtype", key_keep.dtype, "torch.bool")
+        shape = tuple(key_keep.shape)
+        ok = len(shape) == 2 and (shape[0] == 1 or shape[0] == q.shape[0]) and shape[1] == k.shape[2]
+        _require(ok, "key_keep.shape", shape, f"[{q.shape[0]} or 1, {k.shape[2]}]")
+
+
+def _ranges(key_keep: Tensor | None, key_range: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if key_keep is None:
+        return None, None
+    return key_keep.contiguous(), _key_range(key_keep) if key_range is None else key_range
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, left: int | None,
+             right: int | None, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check(q, k, v, key_keep)
+    if q.numel() == 0 or supports(q, k, v, scale) is not None:
+        return reference(q, k, v, key_keep, key_range, left, right, scale)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    config = CONFIGS[int(q.shape[3])][0]
+    out = attend(q, k, v, *_ranges(key_keep, key_range), Band(left, right), scale, config, lse)
+    return out.transpose(1, 2), lse
+
+
+masked_attention = define_op("torch_fuse::masked_attention", _forward)
+
+
+@masked_attention.register_fake
+def _fake(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, left: int | None,
+          right: int | None, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check(q, k, v, key_keep)
+    return output(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_keep: Tensor | None,
+               key_range: Tensor | None, left: int | None, right: int | None,
+               scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if q.numel() == 0 or supports(q, k, v, scale) is not None:
+        return _reference_gradients(grad, q, k, v, key_keep, left, right, scale)
+    if grad.stride(3) != 1 or grad.stride(2) >= 2**23:
+        grad = grad.contiguous()
+    delta = (out.float() * grad.float()).sum(-1)
+    _, key_config, query_config = CONFIGS[int(q.shape[3])]
+    ranges = _ranges(key_keep, key_range)
+    grads = backward(grad, q, k, v, lse, delta, *ranges, Band(left, right), scale, key_config, query_config)
+    return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
+
+
+def _reference_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, left: int | None,
+                         right: int | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients in plain torch, in the inputs' dtype at least float32."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    batch, heads, length, dim = q.shape
+    kv = k.shape[1]
+    group = int(heads) // int(kv)
+    g, x = (t.to(wide).reshape(batch, kv, group, length, dim) for t in (grad, q))
+    y, z = (t.to(wide)[:, :, None] for t in (k, v))
+    mask = dense_mask(q, k, key_keep, left, right)
+    mask = mask[:, :, None] if mask.dim() == 4 else mask
+    scores = (x @ y.mT * scale).masked_fill(~mask, -math.inf)
+    p = scores.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    dp = g @ z.mT
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    dq = (ds @ y).reshape(batch, heads, length, dim)
+    dk, dv = (ds.mT @ x).sum(2), (p.mT @ g).sum(2)
+    return tuple(t.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for t in (dq, dk, dv))  # type: ignore[return-value]
+
+
+masked_attention_backward = define_op("torch_fuse::masked_attention_backward", _gradients)
+
+
+@masked_attention_backward.register_fake
+def _fake_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_keep: Tensor | None,
+                    key_range: Tensor | None, left: int | None, right: int | None,
+                    scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return output(q).transpose(1, 2), output(k).transpose(1, 2), output(v).transpose(1, 2)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, key_keep, ranges, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, key_keep, ranges)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad: Tensor | None, _lse: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 8
+    q, k, v, out, lse, key_keep, ranges = ctx.saved_tensors
+    return *masked_attention_backward(grad, q, k, v, out, lse, key_keep, ranges, *ctx.options), *[None] * 5
+
+
+masked_attention.register_autograd(_backward, setup_context=_save_for_backward)
