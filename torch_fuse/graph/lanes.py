@@ -77,11 +77,13 @@ class LaneTrace:
 
     def _leaf(self, node: Node, rank: int) -> Lanes:
         found = tensor(node)
-        if found is None or not (found.dtype.is_floating_point and found.dim() >= rank):
-            raise Miss(f"{node.name} is not a real tensor of at least {rank} dimensions", node)
+        if found is None or found.dim() < rank or not (found.dtype.is_floating_point or found.is_complex()):
+            raise Miss(f"{node.name} is not a floating-point tensor of at least {rank} dimensions", node)
         shape = _static(found.shape[found.dim() - rank :])
         if shape is None:
             raise Miss(f"the head dimension of {node.name} is not static", node)
+        if found.is_complex():
+            shape = [*shape, 2]
         if node not in self.leaves:
             self.leaves.append(node)
         count = torch.Size(shape).numel()
@@ -98,23 +100,31 @@ class LaneTrace:
         op = call.op
         if call.inplace:
             return None
+        if (found := tensor(node)) is not None and found.is_complex():
+            return self._complex(call, found, rank)
         if op in ("cast", "contiguous", "clone"):
             return self._cast(call["input"], node, rank)
         if op == "neg":
             return [Term(-t.sign, t.a, t.b) for t in self.trace(call["input"], rank)]
         if op in ("add", "sub") and call["alpha"] == 1:
             return self._sum(call, rank, -1 if op == "sub" else 1)
-        if op == "mul":
+        if op in ("mul", "div"):
             return self._product(call, rank)
-        if op in ("empty_like", "zeros_like"):
+        if op == "addcmul":
+            return self._addcmul(call, rank)
+        if op in ("empty_like", "zeros_like", "empty", "new_empty", "zeros", "new_zeros"):
             return self._stores(node, rank)
-        if op in ("view", "reshape", "flatten", "unflatten"):
+        if op in ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"):
             return self._reshape(call["input"], node, rank)
+        if op in ("expand", "expand_as"):
+            return self._expand(call["input"], node, rank)
+        if op == "view_as_real":
+            return self.trace(call["input"], rank - 1) if rank > 1 else None
         if op == "getitem":
             return self._getitem(node, call, rank)
         if op in ("cat", "stack"):
             return self._join(node, call, rank)
-        if op in ("narrow", "select", "repeat_interleave", "transpose"):
+        if op in ("narrow", "select", "repeat_interleave", "repeat", "transpose", "unsqueeze"):
             return self._along(node, call, rank)
         return None
 
@@ -138,17 +148,58 @@ class LaneTrace:
 
     def _product(self, call: Call, rank: int) -> Lanes | None:
         left, right = call["input"], call["other"]
-        if tensor(left) is None or tensor(right) is None:
+        for side, sign in ((left, right), (right, left)):
+            if isinstance(sign, (int, float)) and sign in (1, -1) and (call.op == "mul" or sign is right):
+                return [Term(int(sign) * t.sign, t.a, t.b) for t in self.trace(side, rank)]
+        if call.op == "div" or tensor(left) is None or tensor(right) is None:
             return None
         first, second = (self.trace(side, self._rank_of(side, rank)) for side in (left, right))
-        terms = []
-        for x in first:
-            for y in second:
-                if bool((x.b != 0).any()) or bool((y.b != 0).any()):
-                    return None
-                sign, a, b = torch.broadcast_tensors(x.sign * y.sign, x.a, y.a)
-                terms.append(Term(sign, torch.maximum(a, b), torch.minimum(a, b)))
-        return _merge(_broadcast(terms))
+        terms = _times(first, second)
+        return None if terms is None else _merge(_broadcast(terms))
+
+    def _addcmul(self, call: Call, rank: int) -> Lanes | None:
+        """input + value * tensor1 * tensor2"""
+        parts = [call[name] for name in ("input", "tensor1", "tensor2")]
+        if call["value"] not in (1, -1) or any(tensor(part) is None for part in parts):
+            return None
+        added, first, second = (self.trace(part, self._rank_of(part, rank)) for part in parts)
+        product = _times(first, second)
+        if product is None:
+            return None
+        return _merge(_broadcast([*added, *(Term(int(call["value"]) * t.sign, t.a, t.b) for t in product)]))
+
+    def _complex(self, call: Call, result: torch.Tensor, rank: int) -> Lanes | None:
+        """The terms of a complex value, which have a last dimension (real, imaginary) more."""
+        if call.op == "view_as_complex":
+            return self.trace(call["input"], rank + 1)
+        if call.op in ("cast", "contiguous", "clone"):
+            source = tensor(call["input"])
+            same = source is not None and (source.dtype, source.device) == (result.dtype, result.device)
+            return self.trace(call["input"], rank) if same else None
+        if call.op == "complex":
+            parts = [self.trace(call[name], rank) for name in ("real", "imag")]
+            return _merge(_stacked(parts, -1)) if all(parts) else None
+        sides = [tensor(call.args.get(name)) for name in ("input", "other")]
+        if call.op != "mul" or any(side is None or not side.is_complex() for side in sides):
+            return None
+        x, y = (self.trace(call[name], self._rank_of(call[name], rank)) for name in ("input", "other"))
+        (a, b), (c, d) = ([[t.map(lambda v, i=i: v[..., i]) for t in z] for i in (0, 1)] for z in (x, y))
+        products = [_times(*pair) for pair in ((a, c), (b, d), (a, d), (b, c))]
+        if any(product is None for product in products):
+            return None
+        ac, bd, ad, bc = (product or [] for product in products)
+        real = _merge(_broadcast([*ac, *(Term(-t.sign, t.a, t.b) for t in bd)]))
+        return _merge(_stacked([real, _merge(_broadcast([*ad, *bc]))], -1))
+
+    def _expand(self, source: Any, node: Node, rank: int) -> Lanes | None:
+        """Repetition of dimensions of size 1; those before the last `rank` stay aligned from the right."""
+        found, result = tensor(source), tensor(node)
+        if found is None or result is None or found.is_complex():
+            return None
+        shape = _static(result.shape[result.dim() - rank :])
+        if shape is None:
+            return None
+        return [t.map(lambda x: x.expand(shape)) for t in _broadcast(self.trace(source, min(rank, found.dim())))]
 
     def _reshape(self, source: Any, node: Node, rank: int) -> Lanes | None:
         found, result = tensor(source), tensor(node)
@@ -178,7 +229,7 @@ class LaneTrace:
 
     def _part(self, call: Call, index: int, node: Node, rank: int) -> Lanes | None:
         """One result of chunk, split or unbind."""
-        if call.op not in ("chunk", "split", "unbind"):
+        if call.op not in ("chunk", "split", "tensor_split", "unbind"):
             return None
         source = call["input"]
         found, result = tensor(source), tensor(node)
@@ -191,8 +242,10 @@ class LaneTrace:
         terms = _broadcast(self.trace(source, inner))
         if call.op == "unbind":
             return [t.map(lambda x: x.unbind(dim)[index]) for t in terms]
-        how = call["chunks"] if call.op == "chunk" else call["split_size_or_sections"]
-        split = torch.chunk if call.op == "chunk" else torch.split
+        how = next(call.args[name] for name in _PARTS if name in call.args)
+        if any(isinstance(size, Node) for size in (how if isinstance(how, (list, tuple)) else (how,))):
+            return None
+        split = {"chunk": torch.chunk, "split": torch.split, "tensor_split": torch.tensor_split}[call.op]
         return [t.map(lambda x: split(x, how, dim)[index]) for t in terms]
 
     def _join(self, node: Node, call: Call, rank: int) -> Lanes | None:
@@ -207,30 +260,28 @@ class LaneTrace:
         if inner < 1:
             return None
         traced = [_broadcast(self.trace(part, inner)) for part in parts]
-        count = max(len(terms) for terms in traced)
         if any(not terms for terms in traced):
             return None
-        padded = [terms + [_nothing(terms[0])] * (count - len(terms)) for terms in traced]
-        join = torch.cat if call.op == "cat" else torch.stack
-        joined: list[list[torch.Tensor]] = [
-            [join([getattr(terms[k], name) for terms in padded], dim) for name in ("sign", "a", "b")]
-            for k in range(count)
-        ]
-        return _merge([Term(*item) for item in joined])
+        return _merge(_stacked(traced, dim, torch.cat if call.op == "cat" else torch.stack))
 
     def _along(self, node: Node, call: Call, rank: int) -> Lanes | None:
         source = call["input"]
         found = tensor(source)
         if found is None:
             return None
-        inner = rank + 1 if call.op == "select" else rank
-        if call.op == "transpose":
+        inner = rank + {"select": 1, "unsqueeze": -1}.get(call.op, 0)
+        if call.op == "repeat":
+            return self._repeat(source, call["repeats"], rank)
+        if call.op == "unsqueeze":
+            dims = [_lane_dim(call["dim"], found.dim() + 1, rank)]
+        elif call.op == "transpose":
             dims = [_lane_dim(call[name], found.dim(), inner) for name in ("dim0", "dim1")]
         else:
             dims = [None if call["dim"] is None else _lane_dim(call["dim"], found.dim(), inner)]
-        if any(dim is None for dim in dims) or found.dim() < inner:
+        if any(dim is None for dim in dims) or found.dim() < inner or inner < 1:
             return None
         arguments = {
+            "unsqueeze": lambda x: x.unsqueeze(dims[0]),
             "transpose": lambda x: x.transpose(*dims),
             "narrow": lambda x: x.narrow(dims[0], call.args["start"], call.args["length"]),
             "select": lambda x: x.select(dims[0], call.args["index"]),
@@ -239,6 +290,17 @@ class LaneTrace:
         if call.op == "repeat_interleave" and not isinstance(call["repeats"], int):
             return None
         return [t.map(arguments[call.op]) for t in _broadcast(self.trace(source, inner))]
+
+    def _repeat(self, source: Node, repeats: Any, rank: int) -> Lanes | None:
+        """Copies one after the other along the last dimensions, and of those alone."""
+        found = tensor(source)
+        repeats = repeats if isinstance(repeats, (list, tuple)) else (repeats,)
+        if found is None or len(repeats) != found.dim() or any(not isinstance(n, int) for n in repeats):
+            return None
+        outer = len(repeats) - rank
+        if outer < 0 or any(n != 1 for n in repeats[:outer]):
+            return None
+        return [t.map(lambda x: x.repeat(*repeats[outer:])) for t in _broadcast(self.trace(source, rank))]
 
     def _stores(self, node: Node, rank: int) -> Lanes | None:
         """A tensor made empty and filled by stores along its last dimensions."""
@@ -276,6 +338,31 @@ class LaneTrace:
         if bool((terms[0].sign == _UNWRITTEN).any() & (terms[0].a == _UNWRITTEN).any()):
             raise Miss(f"{node.name} is not filled completely", node)
         return _merge(terms)
+
+
+_PARTS = ("chunks", "split_size_or_sections", "indices_or_sections")
+
+
+def _times(first: Lanes, second: Lanes) -> Lanes | None:
+    """The products of two sums of single factors; None when one has products already."""
+    terms = []
+    for x in first:
+        for y in second:
+            if bool((x.b != 0).any()) or bool((y.b != 0).any()):
+                return None
+            sign, a, b = torch.broadcast_tensors(x.sign * y.sign, x.a, y.a)
+            terms.append(Term(sign, torch.maximum(a, b), torch.minimum(a, b)))
+    return terms
+
+
+def _stacked(
+    parts: list[Lanes], dim: int, join: Callable[[list[torch.Tensor], int], torch.Tensor] = torch.stack
+) -> Lanes:
+    """The terms of values that are joined along a dimension: the k-th terms of all parts make up the k-th term."""
+    traced = [_broadcast(terms) for terms in parts]
+    count = max(len(terms) for terms in traced)
+    padded = [terms + [_nothing(terms[0])] * (count - len(terms)) for terms in traced]
+    return [Term(*(join([getattr(t[k], n) for t in padded], dim) for n in ("sign", "a", "b"))) for k in range(count)]
 
 
 def _static(sizes: Iterable[Any]) -> list[int] | None:

@@ -173,7 +173,7 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run) -> No
                 continue
             stale |= _replace(module, view, pattern, match, at, run)
         except Miss as miss:
-            _record(run, pattern, anchor, "missed", miss.reason)
+            _record(run, pattern, anchor, miss.status, miss.reason)
 
 
 def _outdated(view: GraphView, match: Match, stale: set[Node]) -> bool:
