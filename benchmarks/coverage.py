@@ -47,7 +47,8 @@ def run_one(name: str, build: Callable[[], Any], quick: bool, padding: bool, sec
     child = os.fork()
     if child == 0:
         os.close(reader)
-        signal.alarm(seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # of processor time
+        signal.alarm(20 * seconds)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         with os.fdopen(writer, "w") as out:
             json.dump(_measured(build, quick, padding), out)
@@ -58,7 +59,8 @@ def run_one(name: str, build: Callable[[], Any], quick: bool, padding: bool, sec
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        why = f"took longer than {seconds} s" if number == signal.SIGALRM else f"died of signal {number}"
+        slow = number in (signal.SIGALRM, signal.SIGPROF)
+        why = f"took longer than {seconds} s" if slow else f"died of signal {number}"
         row: dict[str, Any] = {"error": why, "stage": "run"}
     else:
         row = json.loads(text) if text else {"error": f"exit status {os.WEXITSTATUS(status)}", "stage": "run"}
@@ -108,7 +110,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines; models that have a line are not run again")
     parser.add_argument("--quick", action="store_true", help="recognition only: no float64, no gradients, one length")
     parser.add_argument("--padding", action="store_true", help="with padded attention masks, left and right")
-    parser.add_argument("--seconds", type=int, default=150, help="limit for one model")
+    parser.add_argument("--seconds", type=int, default=120, help="processor time for one model")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--table", type=Path, help="print docs/coverage.md from such a file")
     options = parser.parse_args()

@@ -12,57 +12,63 @@ from torch import nn
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 64, 4, 2, 16, 128
 
+
+def _sized(size: Any, names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), size)
+
+
 # Sizes by the names that configurations give them; only those that a configuration has are set.
 SIZES: dict[str, int] = {
-    **dict.fromkeys(
-        "hidden_size d_model n_embd dim embedding_size lru_width attention_hidden_size embedding_dim word_embed_proj_dim "
-        "emb_dim output_embedding_size input_embedding_size backbone_hidden_size hidden_size_global d_inner_rnn".split(),
-        HIDDEN,
-    ),
-    **dict.fromkeys(
-        "intermediate_size ffn_dim n_inner d_ff dff dim_ff decoder_ffn_dim encoder_ffn_dim d_inner mlp_dim "
-        "ffn_hidden_size intermediate_size_mlp feed_forward_size dense_intermediate_size".split(),
-        2 * HIDDEN,
-    ),
-    **dict.fromkeys(
-        "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_experts_intermediate_size "
-        "moe_shared_expert_intermediate_size shared_intermediate_size".split(),
-        HIDDEN // 2,
-    ),
-    **dict.fromkeys(
-        "num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads num_heads "
-        "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads index_n_heads "
-        "num_key_value_heads_full".split(),
-        HEADS,
-    ),
-    **dict.fromkeys(
-        "num_key_value_heads num_kv_heads kv_n_heads num_query_groups swa_num_key_value_heads num_global_key_value_heads"
-        .split(),
-        KV_HEADS,
-    ),
-    **dict.fromkeys("head_dim d_head d_kv dim_head kv_channels swa_head_dim v_head_dim qk_nope_head_dim index_head_dim "
-                    "global_head_dim attention_head_dim attention_head_size".split(), HEAD_DIM),
+    **_sized(HIDDEN, """
+        hidden_size d_model n_embd dim embedding_size lru_width attention_hidden_size embedding_dim
+        word_embed_proj_dim emb_dim output_embedding_size input_embedding_size backbone_hidden_size
+        hidden_size_global"""),
+    **_sized(2 * HIDDEN, """
+        intermediate_size ffn_dim n_inner d_ff dff dim_ff decoder_ffn_dim encoder_ffn_dim d_inner mlp_dim
+        ffn_hidden_size intermediate_size_mlp feed_forward_size dense_intermediate_size"""),
+    **_sized(HIDDEN // 2, """
+        moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size
+        shared_experts_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size"""),
+    **_sized(HEADS, """
+        num_attention_heads n_head n_heads decoder_attention_heads encoder_attention_heads num_heads
+        num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads index_n_heads"""),
+    **_sized(KV_HEADS, """
+        num_key_value_heads num_kv_heads kv_n_heads num_query_groups swa_num_key_value_heads
+        num_global_key_value_heads"""),
+    **_sized(HEAD_DIM, """
+        head_dim d_head d_kv dim_head kv_channels swa_head_dim v_head_dim qk_nope_head_dim index_head_dim
+        global_head_dim attention_head_dim attention_head_size"""),
     "qk_rope_head_dim": HEAD_DIM, "qk_head_dim": 2 * HEAD_DIM, "kv_lora_rank": 32, "q_lora_rank": 32, "rotary_dim": 8,
-    **dict.fromkeys("vocab_size unpadded_vocab_size decoder_vocab_size vocab_size_per_layer_input".split(), VOCABULARY),
-    **dict.fromkeys("max_position_embeddings n_positions n_ctx max_seq_len model_max_length max_target_positions "
-                    "max_source_positions context_length".split(), 64),
-    **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts".split(), 4),
-    **dict.fromkeys("num_experts_per_tok moe_topk moe_top_k num_experts_per_token moe_k top_k_experts".split(), 2),
-    **dict.fromkeys("n_group topk_group num_expert_group n_shared_experts num_shared_experts first_k_dense_replace"
-                    .split(), 1),
+    **_sized(VOCABULARY, """
+        vocab_size unpadded_vocab_size decoder_vocab_size vocab_size_per_layer_input"""),
+    **_sized(64, """
+        max_position_embeddings n_positions n_ctx max_seq_len model_max_length max_target_positions
+        max_source_positions context_length"""),
+    **_sized(4, """
+        num_experts num_local_experts n_routed_experts moe_num_experts"""),
+    **_sized(2, """
+        num_experts_per_tok moe_topk moe_top_k num_experts_per_token moe_k top_k_experts"""),
+    **_sized(1, """
+        n_group topk_group num_expert_group n_shared_experts num_shared_experts first_k_dense_replace"""),
     "query_pre_attn_scalar": HEAD_DIM, "hidden_size_per_layer_input": 16, "o_groups": 2, "o_lora_rank": 16,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "mamba_d_state": 16,
     "ssm_state_size": 16, "state_size": 16, "mamba_dt_rank": 8, "time_step_rank": 8, "mamba_headdim": 16,
     "mamba_chunk_size": 16, "chunk_size": 16, "laurel_rank": 8, "num_kv_shared_layers": 0,
 }  # fmt: skip
-LAYERS = "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers " \
-    "num_encoder_layers num_layers_per_stack".split()  # fmt: skip
+LAYERS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
+    "num_decoder_layers", "num_encoder_layers", "num_layers_per_stack",
+)  # fmt: skip
 # Sizes that are set although the default is None.
 _UNSET = ("head_dim", "num_key_value_heads", "num_experts_per_tok")
 
 # What some architectures need besides, by model_type.
 EXTRA: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "layers_block_type": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3, "block_types": ["recurrent", "recurrent", "attention"]},
     "blt": {"encoder_hash_byte_group_vocab": 128, "patch_in_forward": False},
     "dots3_note_text": {"num_key_value_heads": HEADS},
     "falcon_h1": {"mamba_d_ssm": 128},

@@ -134,7 +134,9 @@ def _check_nothing_missed(*values: Node) -> None:
 def _check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
     q, k = query.rope, key.rope
     if q is None or k is None:
-        raise Miss(f"only the {'key' if q is None else 'query'} is rotated", query.result)
+        raise Kept(
+            f"only the {'key' if q is None else 'query'} is rotated; the kernel rotates both at once", query.result
+        )
     same = (q.head_dim, q.rotary_dim, q.interleaved, q.cos_lanes, q.sin_lanes, q.sin_sign) == (
         k.head_dim, k.rotary_dim, k.interleaved, k.cos_lanes, k.sin_lanes, k.sin_sign,
     )  # fmt: skip

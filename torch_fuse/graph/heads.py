@@ -102,7 +102,8 @@ def match_heads(node: Node, order: Order, mode: FakeTensorMode | None, tables: C
 
 
 def _ends_trace(node: Node) -> bool:
-    return match_norm(node) is not None
+    """Whether a node is a norm; a cast of one is not, for both may be read."""
+    return strip_casts(node) is node and match_norm(node) is not None
 
 
 def _rotation(
@@ -163,13 +164,15 @@ def _undone(node: Node, axes: Axes) -> list[Node]:
 _NO_ROTATION = {
     *_VIEWS, "view_as", "reshape_as", "contiguous", "clone", "cast", "expand", "expand_as", "repeat", "unsqueeze",
     "repeat_interleave", "squeeze", "getitem", "chunk", "split", "tensor_split", "unbind", "select", "narrow",
-    "dropout", "mul", "zeros", "new_zeros", "div", "gelu", "silu", "relu", "sigmoid", "tanh", "exp", "softmax", "neg", "masked_fill", "where",
+    "dropout", "mul", "div", "zeros", "new_zeros", "gelu", "silu", "relu", "sigmoid", "tanh", "exp", "softmax", "neg",
+    "masked_fill", "where",
 }  # fmt: skip
+_ENDS = {"linear", "matmul", "addmm", "layer_norm", "rms_norm", "scaled_dot_product_attention"}
 _PROJECTIONS = ("conv", "einsum", "embedding", "baddbmm")
 
 
 def not_understood(node: Node) -> Node | None:
-    """What between a projection, norm or input and `node` could be a rotation that was not recognised; None if nothing."""
+    """What between a projection or norm and `node` could be a rotation that was not recognised; None if nothing."""
     pending, seen = [node], set[Node]()
     while pending:
         current = pending.pop()
@@ -181,7 +184,7 @@ def not_understood(node: Node) -> Node | None:
             name = getattr(current.target, "__name__", str(current.target))
             if not name.startswith(_PROJECTIONS):
                 return current
-        elif call.op in ("linear", "matmul", "addmm", "layer_norm", "rms_norm") or match_norm(current) is not None:
+        elif call.op in _ENDS or match_norm(current) is not None:
             continue
         elif call.op in ("cat", "stack") and isinstance(call["tensors"], (list, tuple)):
             pending += [part for part in call["tensors"] if isinstance(part, Node)]

@@ -32,8 +32,9 @@ class Rope:
         head_dim: size of the last dimension of the result.
         rotary_dim: lanes that are rotated, from lane 0 on.
         interleaved: pairs are (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
-        cos: table of cosines, or complex with the cosines at the even lanes of its `view_as_real`; cos_lanes = (step, first, second): pair i uses lanes step * i + first and
-            step * i + second of its last dimension for its two elements.
+        cos: table of cosines, or complex with the cosines at the even lanes of its `view_as_real`;
+            cos_lanes = (step, first, second): pair i uses lanes step * i + first and step * i + second of its
+            last dimension for its two elements.
         sin: table of sines, and sin_lanes.
         sin_sign: -1 when it rotates the other way round, by -sin.
         nodes: all nodes from the source to the result.
