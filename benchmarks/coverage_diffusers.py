@@ -85,8 +85,8 @@ def _packed(n: int, channels: int = 4, axes: int = 3, **more: Any) -> dict[str, 
 def _image(n: int, channels: int = 4, **more: Any) -> dict[str, Any]:
     """A latent image [B, C, 4, 2 n / 3] and text."""
     return {
-        "hidden_states": _random(B, channels, 4, 2 * (n // 3)), "encoder_hidden_states": _text(), "timestep": _time(),
-        **more,
+        "hidden_states": _random(B, channels, 4, 2 * (n // 3)), "encoder_hidden_states": _text(),
+        "timestep": _time(), **more,
     }  # fmt: skip
 
 
@@ -120,7 +120,8 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
     ),
     "DiTTransformer2DModel": (
         {"attention_head_dim": 16, "norm_num_groups": 4, "num_embeds_ada_norm": 10, "sample_size": 8},
-        lambda n: {"hidden_states": _random(B, 4, 8, 8), "timestep": _time().long(), "class_labels": torch.tensor([1, 2])},
+        lambda n: {"hidden_states": _random(B, 4, 8, 8), "timestep": _time().long(),
+                   "class_labels": torch.tensor([1, 2])},
     ),
     "LuminaNextDiT2DModel": (
         {"in_channels": 4},
@@ -132,7 +133,9 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
     ),
     "PixArtTransformer2DModel": (
         {"num_embeds_ada_norm": 1000, "norm_num_groups": 4, "out_channels": 8, "cross_attention_dim": 48},
-        lambda n: _image(n) | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}, "timestep": _time().long()},
+        lambda n: _image(n) | {
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}, "timestep": _time().long(),
+        },
     ),
     "SanaTransformer2DModel": ({"cross_attention_dim": 48}, _image),
     "Transformer2DModel": (
@@ -193,7 +196,7 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
             "encoder_attention_mask": torch.ones(B, TEXT), "num_frames": n // 3, "height": 1, "width": 3,
         },
     ),
-    "Lumina2Transformer2DModel": ({}, lambda n: _image(n, encoder_attention_mask=_mask()) | {"timestep": _time() / 1000}),
+    "Lumina2Transformer2DModel": ({}, lambda n: _image(n, encoder_attention_mask=_mask(), timestep=_time() / 1000)),
     "MochiTransformer3DModel": (
         {"attention_head_dim": 24},
         lambda n: _video(n, encoder_attention_mask=_mask()),
@@ -242,7 +245,9 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[int], dict[str, Any]]]] = {
     ),
     "ZImageTransformer2DModel": (
         {"n_heads": 2, "axes_dims": [8, 8, 8], "axes_lens": [64, 64, 64]},
-        lambda n: {"x": [_random(4, 1, 4, 2 * (n // 3))] * B, "t": _time() / 1000, "cap_feats": [_random(TEXT, 32)] * B},
+        lambda n: {
+            "x": [_random(4, 1, 4, 2 * (n // 3))] * B, "t": _time() / 1000, "cap_feats": [_random(TEXT, 32)] * B,
+        },
     ),
 }  # fmt: skip
 

@@ -87,10 +87,11 @@ def _sites(rewriter: Rewriter) -> dict[str, Any]:
         missed += [_plain(site) for site in sites if site.status == "missed"]
         kept += [_plain(site) for site in sites if site.status == "kept"]
     errors = [graph.error for graph in rewriter.report.graphs if graph.error]
+    notes = {site.reason for site in rewriter.report.sites if (site.pattern, site.status) == (PATTERN, "fused")}
     return {
-        "sites": len(by_node), **{kind: counts[kind] for kind in ("fused", "kept", "missed")}, "by_pattern": dict(fused),
-        "missed_sites": missed, "kept_sites": kept, "errors": errors,
-        "notes": sorted({site.reason for site in rewriter.report.sites if (site.pattern, site.status) == (PATTERN, "fused")}),
+        "sites": len(by_node), **{kind: counts[kind] for kind in ("fused", "kept", "missed")},
+        "by_pattern": dict(fused), "missed_sites": missed, "kept_sites": kept, "errors": errors,
+        "notes": sorted(notes),
     }  # fmt: skip
 
 

@@ -73,9 +73,9 @@ def _shared_by_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     [
         (both(_norm_after), "the norm comes after the rotary embedding"),
         (both(_last_lanes), "4 of 8 lanes, from lane 4 on, are rotated"),
-        (lambda q, k, c, s: (_last_lanes(q, c, s), _shared_by_heads(k, c, s)), "4 of 8 lanes, from lane 4 on, are rotated"),
+        (lambda q, k, c, s: (_last_lanes(q, c, s), _shared_by_heads(k, c, s)), "4 of 8 lanes, from lane 4 on"),
         (lambda q, k, c, s: (half(q, c, s), k), "only the query is rotated"),
-        (both(lambda x, c, s: half(x.double(), c.double().cos(), s.double().cos()).to(x.dtype)), "float64 from lower precision"),
+        (both(lambda x, c, s: half(x.double(), c.double().cos(), s.double().cos()).to(x.dtype)), "float64 from lower"),
     ],
     ids=["norm_after", "last_lanes", "latent", "query_only", "float64"],
 )  # fmt: skip
@@ -168,3 +168,14 @@ def test_repeated_heads_and_a_scale_stay_behind_the_rotation() -> None:
     result = compare(Grouped(lambda *_: _[:2]), (torch.randn(B, S, H * D, requires_grad=True),))
     assert result.fused(PATTERN) == 1, result.reasons
     assert not result.problems
+
+
+def test_a_mask_that_the_model_learns_is_kept_and_says_so() -> None:
+    def model(q: Tensor, bias: Tensor) -> Tensor:
+        distance = torch.arange(S)[None] - torch.arange(S)[:, None]
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=F.embedding(distance + S, bias).permute(2, 0, 1))
+
+    result = compare(model, (torch.randn(B, H, S, D, requires_grad=True), torch.randn(2 * S, H, requires_grad=True)))
+    assert not result.problems
+    (mask,) = [s for s in result.report.sites if s.pattern == "causal_mask"]
+    assert mask.status == "kept" and "embedding" in mask.reason
