@@ -23,8 +23,9 @@ from torch.fx import Node, map_arg
 from torch_fuse.graph.attention import expanded_heads
 from torch_fuse.graph.cache import appended
 from torch_fuse.graph.calls import call_of
-from torch_fuse.graph.heads import Axes, Heads, match_heads, not_understood
+from torch_fuse.graph.heads import Axes, Heads, match_heads
 from torch_fuse.graph.miss import Kept, Miss
+from torch_fuse.graph.unrotated import not_understood
 from torch_fuse.graph.values import equal, size_hint, static_int, tensor
 from torch_fuse.kernels import qk_norm_rope
 from torch_fuse.options import Options

@@ -160,54 +160,6 @@ def _undone(node: Node, axes: Axes) -> list[Node]:
     return []
 
 
-# Operators that move or scale values, or change each by itself: nothing that they do is a rotation.
-_NO_ROTATION = {
-    *_VIEWS, "view_as", "reshape_as", "contiguous", "clone", "cast", "expand", "expand_as", "repeat", "unsqueeze",
-    "repeat_interleave", "squeeze", "getitem", "chunk", "split", "tensor_split", "unbind", "select", "narrow",
-    "dropout", "mul", "div", "zeros", "new_zeros", "gelu", "silu", "relu", "sigmoid", "tanh", "exp", "softmax", "neg",
-    "masked_fill", "where",
-}  # fmt: skip
-_ENDS = {"linear", "matmul", "addmm", "layer_norm", "rms_norm", "scaled_dot_product_attention"}
-_PROJECTIONS = ("conv", "einsum", "embedding", "baddbmm")
-
-
-def not_understood(node: Node) -> Node | None:
-    """What between a projection or norm and `node` could be a rotation that was not recognised; None if nothing."""
-    pending, seen = [node], set[Node]()
-    while pending:
-        current = pending.pop()
-        if current in seen or current.op in ("placeholder", "get_attr"):
-            continue
-        seen.add(current)
-        call = call_of(current)
-        if call is None:
-            name = getattr(current.target, "__name__", str(current.target))
-            if not name.startswith(_PROJECTIONS):
-                return current
-        elif call.op in _ENDS or match_norm(current) is not None:
-            continue
-        elif call.op in ("cat", "stack") and isinstance(call["tensors"], (list, tuple)):
-            pending += [part for part in call["tensors"] if isinstance(part, Node)]
-        elif call.op == "add" and any(_is_bias(call[name]) for name in ("input", "other")):
-            pending += [call[name] for name in ("input", "other") if not _is_bias(call[name])]
-        elif call.op in _NO_ROTATION and not call.inplace:
-            pending += [call.args[name] for name in ("input", "other") if _may_be_heads(call.args.get(name))]
-        else:
-            return current
-    return None
-
-
-def _may_be_heads(node: object) -> bool:
-    """Whether a node is a list of tensors, or a tensor of more than a vector."""
-    found = tensor(node)
-    return isinstance(node, Node) and (found is None or found.dim() > 1)
-
-
-def _is_bias(node: object) -> bool:
-    found = tensor(node)
-    return found is None or found.dim() <= 1 or (isinstance(node, Node) and node.op in ("placeholder", "get_attr"))
-
-
 def _is_4d(node: object) -> bool:
     found = tensor(node)
     return found is not None and found.dim() == 4

@@ -17,27 +17,11 @@ from torch.fx import Node
 
 from torch_fuse.graph.calls import Call, call_of
 from torch_fuse.graph.effects import Order
+from torch_fuse.graph.lane_terms import LEAF, Lanes, Term, broadcast, merged, nothing, stacked, times
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import keeps_reals, same_shape, static_int, tensor, value
 
 _UNWRITTEN = -1
-_LEAF = 1 << 20  # a reference is (leaf number + 1) * _LEAF + lane; 0 stands for the factor 1
-_MAX_TERMS = 8
-
-
-@dataclass(frozen=True)
-class Term:
-    """sign * a * b for every lane; a and b are references (b = 0 for a single factor); sign 0 is no term."""
-
-    sign: torch.Tensor
-    a: torch.Tensor
-    b: torch.Tensor
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Term:
-        return Term(function(self.sign), function(self.a), function(self.b))
-
-
-Lanes = list[Term]
 
 
 @dataclass
@@ -87,10 +71,10 @@ class LaneTrace:
         if node not in self.leaves:
             self.leaves.append(node)
         count = torch.Size(shape).numel()
-        if count >= _LEAF:
+        if count >= LEAF:
             raise Miss(f"the head dimension of {node.name} has {count} elements", node)
         number = torch.arange(count, device="cpu").reshape(shape)
-        refs = number + (self.leaves.index(node) + 1) * _LEAF
+        refs = number + (self.leaves.index(node) + 1) * LEAF
         return [Term(torch.ones_like(refs), refs, torch.zeros_like(refs))]
 
     # -- operators -------------------------------------------------------------------------------------------
@@ -144,7 +128,7 @@ class LaneTrace:
             return None
         second = [Term(sign * t.sign, t.a, t.b) for t in self.trace(right, self._rank_of(right, rank))]
         terms = [*self.trace(left, self._rank_of(left, rank)), *second]
-        return _merge(_broadcast(terms))
+        return merged(broadcast(terms))
 
     def _product(self, call: Call, rank: int) -> Lanes | None:
         left, right = call["input"], call["other"]
@@ -154,8 +138,8 @@ class LaneTrace:
         if call.op == "div" or tensor(left) is None or tensor(right) is None:
             return None
         first, second = (self.trace(side, self._rank_of(side, rank)) for side in (left, right))
-        terms = _times(first, second)
-        return None if terms is None else _merge(_broadcast(terms))
+        terms = times(first, second)
+        return None if terms is None else merged(broadcast(terms))
 
     def _addcmul(self, call: Call, rank: int) -> Lanes | None:
         """input + value * tensor1 * tensor2"""
@@ -163,10 +147,10 @@ class LaneTrace:
         if call["value"] not in (1, -1) or any(tensor(part) is None for part in parts):
             return None
         added, first, second = (self.trace(part, self._rank_of(part, rank)) for part in parts)
-        product = _times(first, second)
+        product = times(first, second)
         if product is None:
             return None
-        return _merge(_broadcast([*added, *(Term(int(call["value"]) * t.sign, t.a, t.b) for t in product)]))
+        return merged(broadcast([*added, *(Term(int(call["value"]) * t.sign, t.a, t.b) for t in product)]))
 
     def _complex(self, call: Call, result: torch.Tensor, rank: int) -> Lanes | None:
         """The terms of a complex value, which have a last dimension (real, imaginary) more."""
@@ -178,18 +162,18 @@ class LaneTrace:
             return self.trace(call["input"], rank) if same else None
         if call.op == "complex":
             parts = [self.trace(call[name], rank) for name in ("real", "imag")]
-            return _merge(_stacked(parts, -1)) if all(parts) else None
+            return merged(stacked(parts, -1)) if all(parts) else None
         sides = [tensor(call.args.get(name)) for name in ("input", "other")]
         if call.op != "mul" or any(side is None or not side.is_complex() for side in sides):
             return None
         x, y = (self.trace(call[name], self._rank_of(call[name], rank)) for name in ("input", "other"))
-        (a, b), (c, d) = ([[t.map(lambda v, i=i: v[..., i]) for t in z] for i in (0, 1)] for z in (x, y))
-        products = [_times(*pair) for pair in ((a, c), (b, d), (a, d), (b, c))]
+        (a, b), (c, d) = ([_component(z, i) for i in (0, 1)] for z in (x, y))
+        products = [times(*pair) for pair in ((a, c), (b, d), (a, d), (b, c))]
         if any(product is None for product in products):
             return None
         ac, bd, ad, bc = (product or [] for product in products)
-        real = _merge(_broadcast([*ac, *(Term(-t.sign, t.a, t.b) for t in bd)]))
-        return _merge(_stacked([real, _merge(_broadcast([*ad, *bc]))], -1))
+        real = merged(broadcast([*ac, *(Term(-t.sign, t.a, t.b) for t in bd)]))
+        return merged(stacked([real, merged(broadcast([*ad, *bc]))], -1))
 
     def _expand(self, source: Any, node: Node, rank: int) -> Lanes | None:
         """Repetition of dimensions of size 1; those before the last `rank` stay aligned from the right."""
@@ -199,7 +183,7 @@ class LaneTrace:
         shape = _static(result.shape[result.dim() - rank :])
         if shape is None:
             return None
-        return [t.map(lambda x: x.expand(shape)) for t in _broadcast(self.trace(source, min(rank, found.dim())))]
+        return [t.map(lambda x: x.expand(shape)) for t in broadcast(self.trace(source, min(rank, found.dim())))]
 
     def _reshape(self, source: Any, node: Node, rank: int) -> Lanes | None:
         found, result = tensor(source), tensor(node)
@@ -211,7 +195,7 @@ class LaneTrace:
         shape = _static(result.shape[outer:])
         if shape is None:
             return None
-        return [t.map(lambda x: x.reshape(shape)) for t in _broadcast(self.trace(source, found.dim() - outer))]
+        return [t.map(lambda x: x.reshape(shape)) for t in broadcast(self.trace(source, found.dim() - outer))]
 
     def _getitem(self, node: Node, call: Call, rank: int) -> Lanes | None:
         source, index = call["input"], call["index"]
@@ -225,7 +209,7 @@ class LaneTrace:
         lane_index = _lane_index(index, found.dim(), outer)
         if lane_index is None or outer >= found.dim():
             return None
-        return [t.map(lambda x: x[lane_index]) for t in _broadcast(self.trace(source, found.dim() - outer))]
+        return [t.map(lambda x: x[lane_index]) for t in broadcast(self.trace(source, found.dim() - outer))]
 
     def _part(self, call: Call, index: int, node: Node, rank: int) -> Lanes | None:
         """One result of chunk, split or unbind."""
@@ -239,7 +223,7 @@ class LaneTrace:
         dim = _lane_dim(call["dim"], found.dim(), inner)
         if dim is None:
             return None
-        terms = _broadcast(self.trace(source, inner))
+        terms = broadcast(self.trace(source, inner))
         if call.op == "unbind":
             return [t.map(lambda x: x.unbind(dim)[index]) for t in terms]
         how = next(call.args[name] for name in _PARTS if name in call.args)
@@ -259,10 +243,10 @@ class LaneTrace:
         inner = rank - 1 if call.op == "stack" else rank
         if inner < 1:
             return None
-        traced = [_broadcast(self.trace(part, inner)) for part in parts]
+        traced = [broadcast(self.trace(part, inner)) for part in parts]
         if any(not terms for terms in traced):
             return None
-        return _merge(_stacked(traced, dim, torch.cat if call.op == "cat" else torch.stack))
+        return merged(stacked(traced, dim, torch.cat if call.op == "cat" else torch.stack))
 
     def _along(self, node: Node, call: Call, rank: int) -> Lanes | None:
         source = call["input"]
@@ -289,7 +273,7 @@ class LaneTrace:
         }
         if call.op == "repeat_interleave" and not isinstance(call["repeats"], int):
             return None
-        return [t.map(arguments[call.op]) for t in _broadcast(self.trace(source, inner))]
+        return [t.map(arguments[call.op]) for t in broadcast(self.trace(source, inner))]
 
     def _repeat(self, source: Node, repeats: Any, rank: int) -> Lanes | None:
         """Copies one after the other along the last dimensions, and of those alone."""
@@ -300,7 +284,7 @@ class LaneTrace:
         outer = len(repeats) - rank
         if outer < 0 or any(n != 1 for n in repeats[:outer]):
             return None
-        return [t.map(lambda x: x.repeat(*repeats[outer:])) for t in _broadcast(self.trace(source, rank))]
+        return [t.map(lambda x: x.repeat(*repeats[outer:])) for t in broadcast(self.trace(source, rank))]
 
     def _stores(self, node: Node, rank: int) -> Lanes | None:
         """A tensor made empty and filled by stores along its last dimensions."""
@@ -327,71 +311,30 @@ class LaneTrace:
             stored = tensor(store.args[2])
             if index is None or stored is None or not isinstance(store.args[2], Node):
                 raise Miss(f"{store.name} does not store along the head dimension", store)
-            parts = _broadcast(self.trace(store.args[2], min(rank, stored.dim())))
+            parts = broadcast(self.trace(store.args[2], min(rank, stored.dim())))
             while len(terms) < len(parts):
-                terms.append(_nothing(terms[0]))
+                terms.append(nothing(terms[0]))
             for k, term in enumerate(terms):
-                part = parts[k] if k < len(parts) else _nothing(parts[0])
+                part = parts[k] if k < len(parts) else nothing(parts[0])
                 for name in ("sign", "a", "b"):
                     getattr(term, name)[index] = getattr(part, name)
             self.nodes.add(store)
         if bool((terms[0].sign == _UNWRITTEN).any() & (terms[0].a == _UNWRITTEN).any()):
             raise Miss(f"{node.name} is not filled completely", node)
-        return _merge(terms)
+        return merged(terms)
+
+
+def _component(terms: Lanes, index: int) -> Lanes:
+    """The real (0) or imaginary (1) part of a complex value."""
+    return [t.map(lambda x: x[..., index]) for t in terms]
 
 
 _PARTS = ("chunks", "split_size_or_sections", "indices_or_sections")
 
 
-def _times(first: Lanes, second: Lanes) -> Lanes | None:
-    """The products of two sums of single factors; None when one has products already."""
-    terms = []
-    for x in first:
-        for y in second:
-            if bool((x.b != 0).any()) or bool((y.b != 0).any()):
-                return None
-            sign, a, b = torch.broadcast_tensors(x.sign * y.sign, x.a, y.a)
-            terms.append(Term(sign, torch.maximum(a, b), torch.minimum(a, b)))
-    return terms
-
-
-def _stacked(
-    parts: list[Lanes], dim: int, join: Callable[[list[torch.Tensor], int], torch.Tensor] = torch.stack
-) -> Lanes:
-    """The terms of values that are joined along a dimension: the k-th terms of all parts make up the k-th term."""
-    traced = [_broadcast(terms) for terms in parts]
-    count = max(len(terms) for terms in traced)
-    padded = [terms + [_nothing(terms[0])] * (count - len(terms)) for terms in traced]
-    return [Term(*(join([getattr(t[k], n) for t in padded], dim) for n in ("sign", "a", "b"))) for k in range(count)]
-
-
 def _static(sizes: Iterable[Any]) -> list[int] | None:
     found = [static_int(size) for size in sizes]
     return None if None in found else [size for size in found if size is not None]
-
-
-def _nothing(like: Term) -> Term:
-    zero = torch.zeros_like(like.sign)
-    return Term(zero, zero.clone(), zero.clone())
-
-
-def _broadcast(terms: Lanes) -> Lanes:
-    if len({t.sign.shape for t in terms} | {t.a.shape for t in terms}) <= 1:
-        return terms
-    shape = torch.broadcast_shapes(*(t.sign.shape for t in terms))
-    return [t.map(lambda x: x.expand(shape)) for t in terms]
-
-
-def _merge(terms: Lanes) -> Lanes:
-    """Drops terms that are nothing everywhere.
-
-    Raises:
-        Miss: when there are more terms than a rotary embedding has.
-    """
-    kept = [t for t in terms if bool((t.sign != 0).any())]
-    if len(kept) > _MAX_TERMS:
-        raise Miss(f"the value is a sum of {len(kept)} terms, more than a rotary embedding has")
-    return kept or terms[:1]
 
 
 def _lane_dim(dim: Any, ndim: int, rank: int) -> int | None:
@@ -416,8 +359,3 @@ def _lane_index(index: Any, ndim: int, outer: int) -> tuple[Any, ...] | None:
     if any(part != slice(None) for part in parts[:outer]):
         return None
     return tuple(parts[outer:])
-
-
-def leaf_and_lane(refs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Splits references into leaf numbers (-1 for the factor 1) and lanes."""
-    return refs // _LEAF - 1, refs % _LEAF

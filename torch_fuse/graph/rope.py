@@ -16,7 +16,8 @@ import torch
 from torch.fx import Node
 
 from torch_fuse.graph.effects import Order
-from torch_fuse.graph.lanes import LaneTrace, Term, leaf_and_lane
+from torch_fuse.graph.lane_terms import Term, leaf_and_lane
+from torch_fuse.graph.lanes import LaneTrace
 from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.values import same_shape, tensor
 
