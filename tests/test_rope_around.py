@@ -103,7 +103,8 @@ def test_a_value_that_may_be_rotated_is_never_said_to_have_no_rotary_embedding(c
 
 
 def test_values_that_are_only_moved_scaled_or_normalised_have_nothing_to_fuse() -> None:
-    result = compared(both(lambda x, c, s: rms(x, torch.ones(D)) * 0.5))
+    by_position = torch.arange(1, S + 1).log1p()[:, None, None]
+    result = compared(both(lambda x, c, s: rms(x, torch.ones(D)) * 0.5 * torch.log1p(by_position)))
     status, said = site(result)
     assert status == "kept" and "nothing to fuse" in said
 

@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.norm import match_norm
-from torch_fuse.graph.values import tensor
+from torch_fuse.graph.values import equal, tensor
 
 # Operators that move or scale values, or change each by itself: nothing that they do is a rotation.
 _NO_ROTATION = {
@@ -46,9 +46,9 @@ def not_understood(node: Node) -> Node | None:
 
 
 def _may_be_heads(node: object) -> bool:
-    """Whether a node is a list of tensors, or a tensor of more than a vector."""
+    """Whether a node is a list of tensors, or a tensor that is more than a vector and no scale of whole heads."""
     found = tensor(node)
-    return isinstance(node, Node) and (found is None or found.dim() > 1)
+    return isinstance(node, Node) and (found is None or (found.dim() > 1 and not equal(found.shape[-1], 1)))
 
 
 def _is_bias(node: object) -> bool:
