@@ -64,7 +64,8 @@ def run_one(name: str, build: Callable[[], Any], quick: bool, padding: bool, sec
         row: dict[str, Any] = {"error": why, "stage": "run"}
     else:
         row = json.loads(text) if text else {"error": f"exit status {os.WEXITSTATUS(status)}", "stage": "run"}
-    return {"model": name, "padding": padding, **row, "seconds": round(time.perf_counter() - start, 1)}
+    group = getattr(getattr(build, "func", build), "__module__", "").removeprefix("coverage_")
+    return {"model": name, "group": group, "padding": padding, **row, "seconds": round(time.perf_counter() - start, 1)}
 
 
 def _measured(build: Callable[[], Any], quick: bool, padding: bool) -> dict[str, Any]:

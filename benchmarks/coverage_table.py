@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+_GROUPS = {"lm": "causal language models", "diffusers": "diffusers", "encoders": "encoders, vision and speech"}
 KINDS = ("fused", "kept", "missed")
 
 
@@ -41,19 +42,25 @@ def _plain(text: str) -> str:
 
 def _totals(rows: list[dict[str, Any]]) -> str:
     total = {kind: sum(row[kind] for row in rows) for kind in ("sites", *KINDS)}
-    sdpa = [row for row in rows if row["implementation"] == "sdpa"]
-    covered, sites = sum(row["fused"] + row["kept"] for row in sdpa), sum(row["sites"] for row in sdpa)
-    share = f"{covered} of {sites} ({covered / sites:.1%})" if sites else "none"
     measured = [row for row in rows if "forward" in row]
     wrong = [row["model"] for row in measured if row["wrong"]]
     none = sorted(row["model"] for row in rows if not row["sites"])
     return "\n".join([
         f"- {len(rows)} models, {total['sites']} sites: " + ", ".join(f"{total[kind]} {kind}" for kind in KINDS) + ".",
-        f"- Fused or kept, of the sites of models that use SDPA: {share}.",
+        *(
+            f"- Fused or kept, of the sites of models that use SDPA, {name}: {_share(rows, group)}."
+            for group, name in _GROUPS.items()
+        ),
         f"- Compared with float64, forward and backward: {len(measured)} models; "
         f"beyond the rule: {', '.join(wrong) or 'none'}.",
         f"- No attention recognised: {', '.join(none) or 'none'}.",
     ])  # fmt: skip
+
+
+def _share(rows: list[dict[str, Any]], group: str) -> str:
+    sdpa = [row for row in rows if row["implementation"] == "sdpa" and row.get("group") == group]
+    covered, sites = sum(row["fused"] + row["kept"] for row in sdpa), sum(row["sites"] for row in sdpa)
+    return f"{covered} of {sites} ({covered / sites:.1%})" if sites else "none"
 
 
 def _models(rows: list[dict[str, Any]]) -> str:
