@@ -180,3 +180,18 @@ def test_a_mask_that_the_model_learns_is_kept_and_says_so() -> None:
     assert not result.problems
     (mask,) = [s for s in result.report.sites if s.pattern == "causal_mask"]
     assert mask.status == "kept" and "embedding" in mask.reason
+
+
+def test_two_attentions_of_one_query_and_key_share_the_rotation() -> None:
+    """Differential transformer."""
+
+    class Twice(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (p(x).view(B, S, H, D).transpose(1, 2) for p in (self.q, self.k, self.v))
+            cos, sin = (t.transpose(1, 2) for t in (self.angles.cos(), self.angles.sin()))
+            q, k = half(q, cos, sin), half(k, cos, sin)
+            return F.scaled_dot_product_attention(q, k, v) - F.scaled_dot_product_attention(q, k, v.flip(1))
+
+    result = compare(Twice(lambda *_: _[:2]), (torch.randn(B, S, H * D, requires_grad=True),))
+    assert result.fused(PATTERN) == 1 and not result.problems
+    assert "missed" not in {site.status for site in result.report.sites}, result.reasons

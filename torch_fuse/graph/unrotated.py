@@ -30,7 +30,7 @@ def not_understood(node: Node) -> Node | None:
         call = call_of(current)
         if call is None:
             name = getattr(current.target, "__name__", str(current.target))
-            if not name.startswith(_PROJECTIONS):
+            if not (name.startswith(_PROJECTIONS) or _is_ours(current)):
                 return current
         elif call.op in _ENDS or match_norm(current) is not None:
             continue
@@ -43,6 +43,12 @@ def not_understood(node: Node) -> Node | None:
         else:
             return current
     return None
+
+
+def _is_ours(node: Node) -> bool:
+    """Whether a node is an op that a rewrite has put there: another attention shares query or key."""
+    module = getattr(node.target, "__module__", None) or ""
+    return module.startswith("torch_fuse.") or str(node.target).startswith("torch_fuse.")
 
 
 def _may_be_heads(node: object) -> bool:
