@@ -79,8 +79,82 @@ def paired(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([x1 * c - x2 * s, x2 * c + x1 * s], dim=-1).flatten(3)
 
 
-def wrong_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def complex_numbers(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Llama 4, Flux, Qwen-Image: pairs as complex numbers."""
+    table = torch.polar(torch.ones_like(cos[..., ::2], dtype=torch.float32), sin[..., ::2].float())
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * table).flatten(3).type_as(x)
+
+
+def complex_of_parts(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    table = torch.complex(cos[..., ::2].float(), sin[..., ::2].float())
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(table * pairs).flatten(-2).to(x.dtype)
+
+
+def other_way_round(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """nanochat: by -sin."""
     return x * cos - rotate_half(x) * sin
+
+
+def added_products(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Negated by a multiplication, summed by addcmul."""
+    x1, x2 = x.tensor_split(2, dim=-1)
+    turned = torch.cat((x2 * -1, x1), dim=-1)
+    return torch.addcmul(x * cos, turned, sin)
+
+
+def split_by_size(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.split(split_size=D // 2, dim=-1)
+    return x * cos + torch.cat((x2 / -1, x1), dim=-1) * sin
+
+
+def reshaped_as(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoFormer: tables repeated for neighbours, reshaped to something else's shape."""
+    c, s = (torch.stack([t[..., : D // 2]] * 2, dim=-1).reshape_as(cos) for t in (cos, sin))
+    return x * c + torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).reshape_as(x) * s
+
+
+def repeated_tables(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-width tables, written twice and made as large as what they rotate."""
+    c, s = (t[..., : D // 2].repeat(1, 1, 1, 2).expand(x.shape) for t in (cos, sin))
+    return x * c + rotate_half(x) * s
+
+
+def filled_by_hand(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = x.new_empty(x.shape)
+    r = D // 2
+    out[..., :r] = x[..., :r] * cos[..., :r] - x[..., r:] * sin[..., :r]
+    out[..., r:] = x[..., r:] * cos[..., r:] + x[..., :r] * sin[..., r:]
+    return out
+
+
+def one_wrong_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A reflection."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((x2, x1), dim=-1) * sin
+
+
+def complex_conjugate_of_data(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    table = torch.complex(cos[..., ::2].float(), sin[..., ::2].float())
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(table * pairs.conj()).flatten(-2).to(x.dtype)
+
+
+def complex_parts_swapped(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    table = torch.complex(cos[..., ::2].float(), sin[..., ::2].float())
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(table * pairs).flip(-1).flatten(-2).to(x.dtype)
+
+
+def negated_by_two(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((x2 * -1, x1), dim=-1), sin, value=2)
+
+
+def halved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((x2 * -2, x1), dim=-1) * sin
 
 
 def scaled_sum(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,6 +175,12 @@ def no_minus(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def reversed_pass(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     r = D // 2
     return torch.cat([half(x[..., r:], cos[..., :r], sin[..., :r]), x[..., :r]], dim=-1)
+
+
+def latent(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """DeepSeek: the last lanes only."""
+    r = D // 2
+    return torch.cat([x[..., :r], half(x[..., r:], cos[..., :r], sin[..., :r])], dim=-1)
 
 
 def twice_written(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -232,7 +312,8 @@ def _example(name: str, fuses: bool = True, **layout: Any) -> Example:
 def spellings() -> Iterator[Example]:
     """Blocks on which the pattern must fire."""
     rotations = (half, half_swapped, half_chunked, half_float, partial, interleaved, interleaved_repeated,
-                 strided_stores, paired)  # fmt: skip
+                 strided_stores, paired, complex_numbers, complex_of_parts, other_way_round, added_products,
+                 split_by_size, reshaped_as, repeated_tables, filled_by_hand)  # fmt: skip
     for rotate in rotations:
         yield _example(rotate.__name__, rotate=rotate)
         yield _example(f"{rotate.__name__}_before_transpose", rotate=rotate, rotate_transposed=False)
@@ -246,16 +327,41 @@ def spellings() -> Iterator[Example]:
     yield _example("grouped_query", kv_heads=1, norm=rms)
     yield _example("key_escapes", after=lambda q, k: (q, k * 2))
     yield _example("query_escapes", after=lambda q, k: (q, q.sum()))
+    yield _example("query_scaled_after_rotation", after=lambda q, k: (q * 0.7, ()))
+    yield _example("query_scaled_by_position", after=_by_position)
+    yield _example("query_joined_with_other_tokens", after=_joined)
 
 
 def near_misses() -> Iterator[Example]:
     """Blocks that look alike; the pattern may fire on them only if the result stays right."""
-    for rotate in (wrong_sign, scaled_sum, wrong_dim, no_minus, reversed_pass, twice_written):
+    for rotate in (
+        scaled_sum,
+        wrong_dim,
+        no_minus,
+        reversed_pass,
+        twice_written,
+        one_wrong_sign,
+        complex_parts_swapped,
+        complex_conjugate_of_data,
+        negated_by_two,
+        halved,
+        latent,
+    ):
         yield _example(rotate.__name__, False, rotate=rotate)
     for norm in (rms_wrong_dim, rms_cubed):
         yield _example(norm.__name__, False, norm=norm)
     yield _example("query_mutated_before_rotation", False, between=_scale_in_place)
     yield _example("key_mutated_after_rotation", False, after=_double_in_place)
+
+
+def _by_position(q: Tensor, k: Tensor) -> tuple[Tensor, Any]:
+    """Llama 4, Ministral 3: attention temperature."""
+    return (q * torch.log1p(torch.arange(1, S + 1, device=q.device))[:, None]).to(q.dtype), ()
+
+
+def _joined(q: Tensor, k: Tensor) -> tuple[Tensor, Any]:
+    """HunyuanVideo: more tokens, which are not rotated."""
+    return torch.cat([q, q.new_ones(q.shape[0], q.shape[1], 2, D)], dim=2)[:, :, :S, :], ()
 
 
 def _scale_in_place(x: Tensor) -> None:

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.mask import learned_source
+from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.values import equal, tensor
 from torch_fuse.options import Options
 from torch_fuse.rewrite.builder import Builder
@@ -39,7 +40,13 @@ class CausalMask(Pattern):
             return None
         if attention.is_causal is not False:
             raise Miss("the attention has both a mask and is_causal", anchor)
-        mask = view.mask_meaning(attention.mask, anchor)
+        try:
+            mask = view.mask_meaning(attention.mask, anchor)
+        except Miss as miss:
+            learned = learned_source(attention.mask)
+            if learned is None:
+                raise
+            raise Kept(f"the mask comes from weights or activations ({learned}), not from positions", anchor) from miss
         if not (mask.is_causal or mask.keeps_all):
             return None  # padding and windows are masked_attention's
         query, key = tensor(attention.query), tensor(attention.key)
@@ -76,6 +83,7 @@ class CausalMask(Pattern):
     def near_misses(self) -> Iterator[Example]:
         for name, mask in _NOT_CAUSAL.items():
             yield Example(name, _attention(mask), fuses=False)
+        yield Example("learned", _learned, fuses=False)
 
 
 def _enables_gqa(node: Node) -> bool:
@@ -91,6 +99,16 @@ def _attention(mask):
         return model, inputs
 
     return make
+
+
+def _learned(dtype: torch.dtype):
+    """A mask computed from the query."""
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = (q @ k.transpose(-1, -2)).detach() > -1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask | torch.eye(9, dtype=torch.bool))
+
+    return model, tuple(torch.randn(2, 3, 9, 8, dtype=dtype, requires_grad=True) for _ in range(3))
 
 
 def _grid(s: int, d: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

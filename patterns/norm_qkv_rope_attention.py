@@ -24,7 +24,8 @@ from torch_fuse.graph.attention import expanded_heads
 from torch_fuse.graph.cache import appended
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.heads import Axes, Heads, match_heads
-from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.miss import Kept, Miss
+from torch_fuse.graph.unrotated import not_understood
 from torch_fuse.graph.values import equal, size_hint, static_int, tensor
 from torch_fuse.kernels import qk_norm_rope
 from torch_fuse.options import Options
@@ -55,6 +56,7 @@ class NormQkvRopeAttention(Pattern):
         unrepeated, _ = expanded_heads(attention.key)
         key = match_heads(appended(unrepeated, view.order, anchor), view.order, view.fake_mode, known)
         if query.rope is None and key.rope is None:
+            _check_nothing_missed(attention.query, attention.key)
             return None
         _check_same_rope(query, key, view)
         if not _same_norm(query, key):
@@ -98,7 +100,8 @@ class NormQkvRopeAttention(Pattern):
         query, key = match.bindings["query"], match.bindings["key"]
         rope = query.rope
         if match.bindings["in_place"]:
-            cos, sin = (_emit_table(table, query, builder) for table in (rope.cos, rope.sin))
+            cos = _emit_table(rope.cos, 1, query, builder)
+            sin = _emit_table(rope.sin, rope.sin_sign, query, builder)
             reference = options.kernels == "reference"
             emitted = [emit_in_place(p, query, cos, sin, reference, builder) for p in match.bindings["in_place"]]
             return {old: new for made in emitted for old, new in made.items()}
@@ -110,8 +113,8 @@ class NormQkvRopeAttention(Pattern):
             _emit_heads(key, builder),
             _emit_weight(query, builder),
             _emit_weight(key, builder),
-            _emit_table(rope.cos, query, builder),
-            _emit_table(rope.sin, query, builder),
+            _emit_table(rope.cos, 1, query, builder),
+            _emit_table(rope.sin, rope.sin_sign, query, builder),
             _norm_name(query),
             0.0 if norm is None else norm.eps,
             0.0 if norm is None else norm.weight_offset,
@@ -137,12 +140,23 @@ class NormQkvRopeAttention(Pattern):
         return _rope_examples.near_misses()
 
 
+def _check_nothing_missed(*values: Node) -> None:
+    """Raises Miss when query or key, in which no rotation was found, may have one that is not understood."""
+    for value in values:
+        found = not_understood(value)
+        if found is not None:
+            name = getattr(found.target, "__name__", found.target)
+            raise Miss(f"query or key is computed with {name}, which is not understood: it may be rotated", found)
+
+
 def _check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
     q, k = query.rope, key.rope
     if q is None or k is None:
-        raise Miss(f"only the {'key' if q is None else 'query'} is rotated", query.result)
-    same = (q.head_dim, q.rotary_dim, q.interleaved, q.cos_lanes, q.sin_lanes) == (
-        k.head_dim, k.rotary_dim, k.interleaved, k.cos_lanes, k.sin_lanes,
+        raise Kept(
+            f"only the {'key' if q is None else 'query'} is rotated; the kernel rotates both at once", query.result
+        )
+    same = (q.head_dim, q.rotary_dim, q.interleaved, q.cos_lanes, q.sin_lanes, q.sin_sign) == (
+        k.head_dim, k.rotary_dim, k.interleaved, k.cos_lanes, k.sin_lanes, k.sin_sign,
     )  # fmt: skip
     if not (same and view.order.same_value(q.cos, k.cos) and view.order.same_value(q.sin, k.sin)):
         raise Miss("query and key are rotated differently", query.result)
@@ -156,13 +170,13 @@ def _check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
     if tensor(query.source).dtype != tensor(key.source).dtype:  # type: ignore[union-attr]
         raise Miss("query and key are projected to different dtypes", key.result)
     if tensor(query.source).dtype != torch.float64 and torch.float64 in _dtypes(query.result, q.cos, q.sin):  # type: ignore[union-attr]
-        raise Miss("it is computed in float64 from lower precision", query.result)
+        raise Kept("it is computed in float64 from lower precision, which no kernel does", query.result)
     _check_table_axes(q.cos, query)
     _check_table_axes(q.sin, query)
 
 
 def _dtypes(*nodes: Node) -> list[torch.dtype]:
-    return [tensor(node).dtype for node in nodes]  # type: ignore[union-attr]
+    return [tensor(node).dtype.to_real() for node in nodes]  # type: ignore[union-attr]
 
 
 def _same_norm(query: Heads, key: Heads) -> bool:
@@ -247,17 +261,20 @@ def _emit_weight(heads: Heads, builder: Builder) -> Node | None:
     return builder.call("contiguous", weight)
 
 
-def _emit_table(table: Node, heads: Heads, builder: Builder) -> Node:
-    """A table as [B or 1, S, lanes]."""
+def _emit_table(table: Node, sign: int, heads: Heads, builder: Builder) -> Node:
+    """sign * table as [B or 1, S, lanes]; a complex one with real and imaginary parts next to each other."""
     found = tensor(table)
     assert found is not None
-    call = call_of(table)
-    if call is not None and call.op == "unsqueeze" and found.dim() == 4 and call["dim"] % 4 == heads.axes[1]:
-        return call["input"]
-    node = table
-    for _ in range(4 - found.dim()):
-        node = builder.shared("unsqueeze", node, 0)
-    return builder.shared("select", node, heads.axes[1], 0)
+    call, node, dims = call_of(table), table, found.dim()
+    if call is not None and call.op == "unsqueeze" and dims == 4 and call["dim"] % 4 == heads.axes[1]:
+        node, dims = call["input"], 3
+    if found.is_complex():
+        node = builder.shared("flatten", builder.shared(torch.view_as_real, node), -2)
+    if node is table or dims == 4:
+        for _ in range(4 - dims):
+            node = builder.shared("unsqueeze", node, 0)
+        node = builder.shared("select", node, heads.axes[1], 0)
+    return node if sign == 1 else builder.call("neg", node)
 
 
 def _emit_result(heads: Heads, node: Node, builder: Builder) -> Node:

@@ -20,7 +20,7 @@ def appended(node: Node, order: Order, before: Node) -> Node:
         return node
     if call is not None and call.op == "cat":
         parts = call["tensors"]
-        if isinstance(parts, (list, tuple)) and len(parts) == 2 and call["dim"] in (2, -2):
+        if isinstance(parts, (list, tuple)) and len(parts) == 2 and call["dim"] in (2, -2) and _is_input(parts[0]):
             return parts[1]
         return node
     if call is not None and call.op == "index_copy":
@@ -37,3 +37,10 @@ def appended(node: Node, order: Order, before: Node) -> Node:
         elif write.op == "setitem" and write["input"] is node:
             writes.append(write["value"])
     return writes[0] if len(writes) == 1 and tensor(writes[0]) is not None else node
+
+
+def _is_input(node: object) -> bool:
+    """Whether a value comes from outside the graph, but for views."""
+    while (call := call_of(node)) is not None and call.op in ("view", "reshape", "transpose", "getitem", "cast"):
+        node = call["input"]
+    return isinstance(node, Node) and node.op in ("placeholder", "get_attr")

@@ -56,6 +56,8 @@ contiguous(input, *, memory_format=None)
 clone(input, *, memory_format=None)
 view(input, *size)
 reshape(input, *shape)
+reshape_as(input, other)
+view_as(input, other)
 flatten(input, start_dim=0, end_dim=-1)
 unflatten(input, dim, sizes)
 transpose(input, dim0, dim1)
@@ -70,17 +72,24 @@ repeat(input, *repeats)
 repeat_interleave(input, repeats, dim=None, *, output_size=None)
 chunk(input, chunks, dim=0)
 split(input, split_size_or_sections, dim=0)
+tensor_split(input, indices_or_sections, dim=0)
 unbind(input, dim=0)
 select(input, dim, index)
 narrow(input, dim, start, length)
 getitem(input, index)
 setitem(input, index, value)
+view_as_complex(input)
+view_as_real(input)
+complex(real, imag)
+polar(abs, angle)
 cat(tensors, dim=0)
 stack(tensors, dim=0)
 empty_like(input, *, dtype=None, layout=None, device=None, requires_grad=False, memory_format=None)
 zeros_like(input, *, dtype=None, layout=None, device=None, requires_grad=False, memory_format=None)
 ones_like(input, *, dtype=None, layout=None, device=None, requires_grad=False, memory_format=None)
 full_like(input, fill_value, *, dtype=None, layout=None, device=None, requires_grad=False, memory_format=None)
+empty(*size, dtype=None, layout=None, device=None, requires_grad=False, pin_memory=False, memory_format=None)
+new_empty(input, *size, dtype=None, layout=None, device=None, requires_grad=False, pin_memory=False)
 zeros(*size, dtype=None, layout=None, device=None, requires_grad=False, pin_memory=False)
 ones(*size, dtype=None, layout=None, device=None, requires_grad=False, pin_memory=False)
 full(size, fill_value, *, dtype=None, layout=None, device=None, requires_grad=False, pin_memory=False)
@@ -105,6 +114,9 @@ or(input, other)
 xor(input, other)
 not(input)
 """
+
+# Names of arguments that differ between the function and the method.
+_RENAMED = {"split_size": "split_size_or_sections"}
 
 _CAST_METHODS = ("to", "type", "type_as", "float", "half", "bfloat16", "double", "bool", "int", "long")
 
@@ -171,7 +183,8 @@ class _Signature:
             if self.variadic is None:
                 return None
             bound[self.variadic] = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
-        for name, value in kwargs.items():
+        for given, value in kwargs.items():
+            name = _RENAMED.get(given, given)
             if name not in bound:
                 return None
             bound[name] = value

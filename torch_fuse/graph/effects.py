@@ -99,6 +99,27 @@ def switches_mode(node: Node) -> bool:
     }  # fmt: skip
 
 
+def _idle_autocasts(nodes: Iterable[Node]) -> set[Node]:
+    """Where autocast is turned off and back although it is off; Dynamo guards on its state around the graph."""
+    idle: set[Node] = set()
+    active: list[Node] = []
+    for node in nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == "_enter_autocast":
+            device, _, enabled = (*node.args, None, None, None)[:3]
+            if enabled is False and not active and isinstance(device, str) and not torch.is_autocast_enabled(device):
+                idle.add(node)
+            else:
+                active.append(node)
+        elif name == "_exit_autocast":
+            entered = node.args[0] if node.args else None
+            if entered in idle:
+                idle.add(node)
+            elif entered in active:
+                active.remove(entered)  # type: ignore[arg-type]
+    return idle
+
+
 class Order:
     """Positions of the nodes of a graph, computed once.
 
@@ -115,7 +136,8 @@ class Order:
             if node not in known:
                 known[node] = bool(mutated(node))
         self.writers = [node for node in self.nodes if known[node]]
-        self.switches = [node for node in self.nodes if switches_mode(node)]
+        idle = _idle_autocasts(self.nodes)
+        self.switches = [node for node in self.nodes if switches_mode(node) and node not in idle]
         self._storages: dict[Node, set[StorageWeakRef]] = {}
 
     def _aliases(self, nodes: Iterable[Node]) -> set[StorageWeakRef]:

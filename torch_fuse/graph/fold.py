@@ -14,7 +14,7 @@ from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import tensor, value
 
 _LIMIT = 1 << 24  # elements of the largest intermediate
-_RANDOM_OR_EMPTY = {"dropout", "empty_like"}
+_RANDOM_OR_EMPTY = {"dropout", "empty_like", "empty", "new_empty"}
 
 
 def fold_constant(node: Node, order: Order, before: Node) -> torch.Tensor | None:

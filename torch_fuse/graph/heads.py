@@ -12,7 +12,7 @@ from torch.fx import Node, map_arg
 from torch_fuse._compat import FakeTensorMode, no_guards
 from torch_fuse.graph.calls import Call, call_of
 from torch_fuse.graph.effects import Order
-from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.norm import Norm, last_dim, match_norm, strip_casts
 from torch_fuse.graph.rope import Rope, match_rope
 from torch_fuse.graph.values import equal, same_shape, static_int, tensor, value
@@ -79,9 +79,10 @@ def match_heads(node: Node, order: Order, mode: FakeTensorMode | None, tables: C
     found = tensor(node)
     if found is None or found.dim() != 4:
         raise Miss(f"{node.name} has no batch, head, sequence and head_dim", node)
-    chain, axes = _walk_layout(node)
+    chain, axes, rope = _rotation(node, (0, 1, 2, 3), order, tables)
     top = chain[-1][0]
-    rope = match_rope(top, order, _ends_trace, tables)
+    found = tensor(top)
+    assert found is not None
     source, offset, inside = top, 0, set[Node]()
     if rope is not None:
         source, offset, inside = rope.source, rope.offset, set(rope.nodes)
@@ -90,7 +91,7 @@ def match_heads(node: Node, order: Order, mode: FakeTensorMode | None, tables: C
     at = _replaceable(chain, inside)
     result, result_axes = chain[at]
     inside |= {step for step, _ in chain[at:]}
-    head_dim = static_int(found.shape[3])
+    head_dim = static_int(found.shape[axes[3]])
     if head_dim is None:
         raise Miss("the head dimension is not static", node)
     heads = Heads(
@@ -101,12 +102,71 @@ def match_heads(node: Node, order: Order, mode: FakeTensorMode | None, tables: C
 
 
 def _ends_trace(node: Node) -> bool:
-    return match_norm(node) is not None
+    """Whether a node is a norm; a cast of one is not, for both may be read."""
+    return strip_casts(node) is node and match_norm(node) is not None
 
 
-def _walk_layout(node: Node) -> tuple[list[tuple[Node, Axes]], Axes]:
+def _rotation(
+    node: Node, axes: Axes, order: Order, tables: Collection[Node]
+) -> tuple[list[tuple[Node, Axes]], Axes, Rope | None]:
+    """The layout chain from a value down to its rotation, the axes there, and the rotation.
+
+    What is done to rotated values in every lane alike stays where it is: the chain then starts below it. Without a
+    rotation, the chain is that of `node`.
+    """
+    chain, lowest = _walk_layout(node, axes)
+    top = chain[-1][0]
+    rope = match_rope(top, order, _ends_trace, tables)
+    if rope is not None:
+        return chain, lowest, rope
+    for inner in _undone(top, lowest):
+        below = _rotation(inner, lowest, order, tables)
+        if below[2] is None:
+            continue
+        if match_norm(top) is not None:
+            raise Kept("the norm comes after the rotary embedding: Inductor does both in one kernel", top)
+        return below
+    return chain, lowest, None
+
+
+def _undone(node: Node, axes: Axes) -> list[Node]:
+    """What `node` makes of rotated values without touching single lanes: the operands that may be such values.
+
+    Scaling, repeating heads, joining and cutting the sequence, and a norm, whose order matters.
+    """
+    norm = match_norm(node)
+    if norm is not None:
+        return [norm.input] if _is_4d(norm.input) else []
+    call = call_of(node)
+    found = tensor(node)
+    if call is None or call.inplace or found is None:
+        return []
+    if call.op in ("mul", "div"):
+        sides = [call["input"], call["other"]] if call.op == "mul" else [call["input"]]
+        for side in sides:
+            other = call["other"] if side is call["input"] else call["input"]
+            scale = tensor(other)
+            per_lane = scale is not None and scale.dim() > 0 and not equal(scale.shape[-1], 1)
+            if axes[3] == 3 and not per_lane and _is_4d(side) and same_shape(tensor(side).shape, found.shape):  # type: ignore[union-attr]
+                return [side]
+    if call.op == "repeat" and isinstance(call["repeats"], (list, tuple)) and len(call["repeats"]) == 4:
+        repeated = [axis for axis, n in enumerate(call["repeats"]) if n != 1]
+        return [call["input"]] if repeated == [axes[1]] and _is_4d(call["input"]) else []
+    if call.op == "getitem" and isinstance(call["index"], tuple) and len(call["index"]) == 4:
+        sliced = [axis for axis, part in enumerate(call["index"]) if part != slice(None)]
+        return [call["input"]] if sliced == [axes[2]] and _is_4d(call["input"]) and _is_4d(node) else []
+    if call.op == "cat" and isinstance(call["tensors"], (list, tuple)) and isinstance(call["dim"], int):
+        return [part for part in call["tensors"] if call["dim"] % 4 == axes[2] and _is_4d(part)]
+    return []
+
+
+def _is_4d(node: object) -> bool:
+    found = tensor(node)
+    return found is not None and found.dim() == 4
+
+
+def _walk_layout(node: Node, axes: Axes) -> tuple[list[tuple[Node, Axes]], Axes]:
     """The nodes from `node` back over transposes, casts and copies, each with its axes of (b, h, s, d)."""
-    axes: Axes = (0, 1, 2, 3)
     chain = [(node, axes)]
     while not _ends_trace(node):
         call = call_of(node)

@@ -17,27 +17,11 @@ from torch.fx import Node
 
 from torch_fuse.graph.calls import Call, call_of
 from torch_fuse.graph.effects import Order
+from torch_fuse.graph.lane_terms import LEAF, Lanes, Term, broadcast, merged, nothing, stacked, times
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import keeps_reals, same_shape, static_int, tensor, value
 
 _UNWRITTEN = -1
-_LEAF = 1 << 20  # a reference is (leaf number + 1) * _LEAF + lane; 0 stands for the factor 1
-_MAX_TERMS = 8
-
-
-@dataclass(frozen=True)
-class Term:
-    """sign * a * b for every lane; a and b are references (b = 0 for a single factor); sign 0 is no term."""
-
-    sign: torch.Tensor
-    a: torch.Tensor
-    b: torch.Tensor
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Term:
-        return Term(function(self.sign), function(self.a), function(self.b))
-
-
-Lanes = list[Term]
 
 
 @dataclass
@@ -77,18 +61,20 @@ class LaneTrace:
 
     def _leaf(self, node: Node, rank: int) -> Lanes:
         found = tensor(node)
-        if found is None or not (found.dtype.is_floating_point and found.dim() >= rank):
-            raise Miss(f"{node.name} is not a real tensor of at least {rank} dimensions", node)
+        if found is None or found.dim() < rank or not (found.dtype.is_floating_point or found.is_complex()):
+            raise Miss(f"{node.name} is not a floating-point tensor of at least {rank} dimensions", node)
         shape = _static(found.shape[found.dim() - rank :])
         if shape is None:
             raise Miss(f"the head dimension of {node.name} is not static", node)
+        if found.is_complex():
+            shape = [*shape, 2]
         if node not in self.leaves:
             self.leaves.append(node)
         count = torch.Size(shape).numel()
-        if count >= _LEAF:
+        if count >= LEAF:
             raise Miss(f"the head dimension of {node.name} has {count} elements", node)
         number = torch.arange(count, device="cpu").reshape(shape)
-        refs = number + (self.leaves.index(node) + 1) * _LEAF
+        refs = number + (self.leaves.index(node) + 1) * LEAF
         return [Term(torch.ones_like(refs), refs, torch.zeros_like(refs))]
 
     # -- operators -------------------------------------------------------------------------------------------
@@ -98,23 +84,31 @@ class LaneTrace:
         op = call.op
         if call.inplace:
             return None
+        if (found := tensor(node)) is not None and found.is_complex():
+            return self._complex(call, found, rank)
         if op in ("cast", "contiguous", "clone"):
             return self._cast(call["input"], node, rank)
         if op == "neg":
             return [Term(-t.sign, t.a, t.b) for t in self.trace(call["input"], rank)]
         if op in ("add", "sub") and call["alpha"] == 1:
             return self._sum(call, rank, -1 if op == "sub" else 1)
-        if op == "mul":
+        if op in ("mul", "div"):
             return self._product(call, rank)
-        if op in ("empty_like", "zeros_like"):
+        if op == "addcmul":
+            return self._addcmul(call, rank)
+        if op in ("empty_like", "zeros_like", "empty", "new_empty", "zeros", "new_zeros"):
             return self._stores(node, rank)
-        if op in ("view", "reshape", "flatten", "unflatten"):
+        if op in ("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"):
             return self._reshape(call["input"], node, rank)
+        if op in ("expand", "expand_as"):
+            return self._expand(call["input"], node, rank)
+        if op == "view_as_real":
+            return self.trace(call["input"], rank - 1) if rank > 1 else None
         if op == "getitem":
             return self._getitem(node, call, rank)
         if op in ("cat", "stack"):
             return self._join(node, call, rank)
-        if op in ("narrow", "select", "repeat_interleave", "transpose"):
+        if op in ("narrow", "select", "repeat_interleave", "repeat", "transpose", "unsqueeze"):
             return self._along(node, call, rank)
         return None
 
@@ -134,21 +128,62 @@ class LaneTrace:
             return None
         second = [Term(sign * t.sign, t.a, t.b) for t in self.trace(right, self._rank_of(right, rank))]
         terms = [*self.trace(left, self._rank_of(left, rank)), *second]
-        return _merge(_broadcast(terms))
+        return merged(broadcast(terms))
 
     def _product(self, call: Call, rank: int) -> Lanes | None:
         left, right = call["input"], call["other"]
-        if tensor(left) is None or tensor(right) is None:
+        for side, sign in ((left, right), (right, left)):
+            if isinstance(sign, (int, float)) and sign in (1, -1) and (call.op == "mul" or sign is right):
+                return [Term(int(sign) * t.sign, t.a, t.b) for t in self.trace(side, rank)]
+        if call.op == "div" or tensor(left) is None or tensor(right) is None:
             return None
         first, second = (self.trace(side, self._rank_of(side, rank)) for side in (left, right))
-        terms = []
-        for x in first:
-            for y in second:
-                if bool((x.b != 0).any()) or bool((y.b != 0).any()):
-                    return None
-                sign, a, b = torch.broadcast_tensors(x.sign * y.sign, x.a, y.a)
-                terms.append(Term(sign, torch.maximum(a, b), torch.minimum(a, b)))
-        return _merge(_broadcast(terms))
+        terms = times(first, second)
+        return None if terms is None else merged(broadcast(terms))
+
+    def _addcmul(self, call: Call, rank: int) -> Lanes | None:
+        """input + value * tensor1 * tensor2"""
+        parts = [call[name] for name in ("input", "tensor1", "tensor2")]
+        if call["value"] not in (1, -1) or any(tensor(part) is None for part in parts):
+            return None
+        added, first, second = (self.trace(part, self._rank_of(part, rank)) for part in parts)
+        product = times(first, second)
+        if product is None:
+            return None
+        return merged(broadcast([*added, *(Term(int(call["value"]) * t.sign, t.a, t.b) for t in product)]))
+
+    def _complex(self, call: Call, result: torch.Tensor, rank: int) -> Lanes | None:
+        """The terms of a complex value, which have a last dimension (real, imaginary) more."""
+        if call.op == "view_as_complex":
+            return self.trace(call["input"], rank + 1)
+        if call.op in ("cast", "contiguous", "clone"):
+            source = tensor(call["input"])
+            same = source is not None and (source.dtype, source.device) == (result.dtype, result.device)
+            return self.trace(call["input"], rank) if same else None
+        if call.op == "complex":
+            parts = [self.trace(call[name], rank) for name in ("real", "imag")]
+            return merged(stacked(parts, -1)) if all(parts) else None
+        sides = [tensor(call.args.get(name)) for name in ("input", "other")]
+        if call.op != "mul" or any(side is None or not side.is_complex() for side in sides):
+            return None
+        x, y = (self.trace(call[name], self._rank_of(call[name], rank)) for name in ("input", "other"))
+        (a, b), (c, d) = ([_component(z, i) for i in (0, 1)] for z in (x, y))
+        products = [times(*pair) for pair in ((a, c), (b, d), (a, d), (b, c))]
+        if any(product is None for product in products):
+            return None
+        ac, bd, ad, bc = (product or [] for product in products)
+        real = merged(broadcast([*ac, *(Term(-t.sign, t.a, t.b) for t in bd)]))
+        return merged(stacked([real, merged(broadcast([*ad, *bc]))], -1))
+
+    def _expand(self, source: Any, node: Node, rank: int) -> Lanes | None:
+        """Repetition of dimensions of size 1; those before the last `rank` stay aligned from the right."""
+        found, result = tensor(source), tensor(node)
+        if found is None or result is None or found.is_complex():
+            return None
+        shape = _static(result.shape[result.dim() - rank :])
+        if shape is None:
+            return None
+        return [t.map(lambda x: x.expand(shape)) for t in broadcast(self.trace(source, min(rank, found.dim())))]
 
     def _reshape(self, source: Any, node: Node, rank: int) -> Lanes | None:
         found, result = tensor(source), tensor(node)
@@ -160,7 +195,7 @@ class LaneTrace:
         shape = _static(result.shape[outer:])
         if shape is None:
             return None
-        return [t.map(lambda x: x.reshape(shape)) for t in _broadcast(self.trace(source, found.dim() - outer))]
+        return [t.map(lambda x: x.reshape(shape)) for t in broadcast(self.trace(source, found.dim() - outer))]
 
     def _getitem(self, node: Node, call: Call, rank: int) -> Lanes | None:
         source, index = call["input"], call["index"]
@@ -174,11 +209,11 @@ class LaneTrace:
         lane_index = _lane_index(index, found.dim(), outer)
         if lane_index is None or outer >= found.dim():
             return None
-        return [t.map(lambda x: x[lane_index]) for t in _broadcast(self.trace(source, found.dim() - outer))]
+        return [t.map(lambda x: x[lane_index]) for t in broadcast(self.trace(source, found.dim() - outer))]
 
     def _part(self, call: Call, index: int, node: Node, rank: int) -> Lanes | None:
         """One result of chunk, split or unbind."""
-        if call.op not in ("chunk", "split", "unbind"):
+        if call.op not in ("chunk", "split", "tensor_split", "unbind"):
             return None
         source = call["input"]
         found, result = tensor(source), tensor(node)
@@ -188,11 +223,13 @@ class LaneTrace:
         dim = _lane_dim(call["dim"], found.dim(), inner)
         if dim is None:
             return None
-        terms = _broadcast(self.trace(source, inner))
+        terms = broadcast(self.trace(source, inner))
         if call.op == "unbind":
             return [t.map(lambda x: x.unbind(dim)[index]) for t in terms]
-        how = call["chunks"] if call.op == "chunk" else call["split_size_or_sections"]
-        split = torch.chunk if call.op == "chunk" else torch.split
+        how = next(call.args[name] for name in _PARTS if name in call.args)
+        if any(isinstance(size, Node) for size in (how if isinstance(how, (list, tuple)) else (how,))):
+            return None
+        split = {"chunk": torch.chunk, "split": torch.split, "tensor_split": torch.tensor_split}[call.op]
         return [t.map(lambda x: split(x, how, dim)[index]) for t in terms]
 
     def _join(self, node: Node, call: Call, rank: int) -> Lanes | None:
@@ -206,31 +243,29 @@ class LaneTrace:
         inner = rank - 1 if call.op == "stack" else rank
         if inner < 1:
             return None
-        traced = [_broadcast(self.trace(part, inner)) for part in parts]
-        count = max(len(terms) for terms in traced)
+        traced = [broadcast(self.trace(part, inner)) for part in parts]
         if any(not terms for terms in traced):
             return None
-        padded = [terms + [_nothing(terms[0])] * (count - len(terms)) for terms in traced]
-        join = torch.cat if call.op == "cat" else torch.stack
-        joined: list[list[torch.Tensor]] = [
-            [join([getattr(terms[k], name) for terms in padded], dim) for name in ("sign", "a", "b")]
-            for k in range(count)
-        ]
-        return _merge([Term(*item) for item in joined])
+        return merged(stacked(traced, dim, torch.cat if call.op == "cat" else torch.stack))
 
     def _along(self, node: Node, call: Call, rank: int) -> Lanes | None:
         source = call["input"]
         found = tensor(source)
         if found is None:
             return None
-        inner = rank + 1 if call.op == "select" else rank
-        if call.op == "transpose":
+        inner = rank + {"select": 1, "unsqueeze": -1}.get(call.op, 0)
+        if call.op == "repeat":
+            return self._repeat(source, call["repeats"], rank)
+        if call.op == "unsqueeze":
+            dims = [_lane_dim(call["dim"], found.dim() + 1, rank)]
+        elif call.op == "transpose":
             dims = [_lane_dim(call[name], found.dim(), inner) for name in ("dim0", "dim1")]
         else:
             dims = [None if call["dim"] is None else _lane_dim(call["dim"], found.dim(), inner)]
-        if any(dim is None for dim in dims) or found.dim() < inner:
+        if any(dim is None for dim in dims) or found.dim() < inner or inner < 1:
             return None
         arguments = {
+            "unsqueeze": lambda x: x.unsqueeze(dims[0]),
             "transpose": lambda x: x.transpose(*dims),
             "narrow": lambda x: x.narrow(dims[0], call.args["start"], call.args["length"]),
             "select": lambda x: x.select(dims[0], call.args["index"]),
@@ -238,7 +273,18 @@ class LaneTrace:
         }
         if call.op == "repeat_interleave" and not isinstance(call["repeats"], int):
             return None
-        return [t.map(arguments[call.op]) for t in _broadcast(self.trace(source, inner))]
+        return [t.map(arguments[call.op]) for t in broadcast(self.trace(source, inner))]
+
+    def _repeat(self, source: Node, repeats: Any, rank: int) -> Lanes | None:
+        """Copies one after the other along the last dimensions, and of those alone."""
+        found = tensor(source)
+        repeats = repeats if isinstance(repeats, (list, tuple)) else (repeats,)
+        if found is None or len(repeats) != found.dim() or any(not isinstance(n, int) for n in repeats):
+            return None
+        outer = len(repeats) - rank
+        if outer < 0 or any(n != 1 for n in repeats[:outer]):
+            return None
+        return [t.map(lambda x: x.repeat(*repeats[outer:])) for t in broadcast(self.trace(source, rank))]
 
     def _stores(self, node: Node, rank: int) -> Lanes | None:
         """A tensor made empty and filled by stores along its last dimensions."""
@@ -265,46 +311,30 @@ class LaneTrace:
             stored = tensor(store.args[2])
             if index is None or stored is None or not isinstance(store.args[2], Node):
                 raise Miss(f"{store.name} does not store along the head dimension", store)
-            parts = _broadcast(self.trace(store.args[2], min(rank, stored.dim())))
+            parts = broadcast(self.trace(store.args[2], min(rank, stored.dim())))
             while len(terms) < len(parts):
-                terms.append(_nothing(terms[0]))
+                terms.append(nothing(terms[0]))
             for k, term in enumerate(terms):
-                part = parts[k] if k < len(parts) else _nothing(parts[0])
+                part = parts[k] if k < len(parts) else nothing(parts[0])
                 for name in ("sign", "a", "b"):
                     getattr(term, name)[index] = getattr(part, name)
             self.nodes.add(store)
         if bool((terms[0].sign == _UNWRITTEN).any() & (terms[0].a == _UNWRITTEN).any()):
             raise Miss(f"{node.name} is not filled completely", node)
-        return _merge(terms)
+        return merged(terms)
+
+
+def _component(terms: Lanes, index: int) -> Lanes:
+    """The real (0) or imaginary (1) part of a complex value."""
+    return [t.map(lambda x: x[..., index]) for t in terms]
+
+
+_PARTS = ("chunks", "split_size_or_sections", "indices_or_sections")
 
 
 def _static(sizes: Iterable[Any]) -> list[int] | None:
     found = [static_int(size) for size in sizes]
     return None if None in found else [size for size in found if size is not None]
-
-
-def _nothing(like: Term) -> Term:
-    zero = torch.zeros_like(like.sign)
-    return Term(zero, zero.clone(), zero.clone())
-
-
-def _broadcast(terms: Lanes) -> Lanes:
-    if len({t.sign.shape for t in terms} | {t.a.shape for t in terms}) <= 1:
-        return terms
-    shape = torch.broadcast_shapes(*(t.sign.shape for t in terms))
-    return [t.map(lambda x: x.expand(shape)) for t in terms]
-
-
-def _merge(terms: Lanes) -> Lanes:
-    """Drops terms that are nothing everywhere.
-
-    Raises:
-        Miss: when there are more terms than a rotary embedding has.
-    """
-    kept = [t for t in terms if bool((t.sign != 0).any())]
-    if len(kept) > _MAX_TERMS:
-        raise Miss(f"the value is a sum of {len(kept)} terms, more than a rotary embedding has")
-    return kept or terms[:1]
 
 
 def _lane_dim(dim: Any, ndim: int, rank: int) -> int | None:
@@ -329,8 +359,3 @@ def _lane_index(index: Any, ndim: int, outer: int) -> tuple[Any, ...] | None:
     if any(part != slice(None) for part in parts[:outer]):
         return None
     return tuple(parts[outer:])
-
-
-def leaf_and_lane(refs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Splits references into leaf numbers (-1 for the factor 1) and lanes."""
-    return refs // _LEAF - 1, refs % _LEAF

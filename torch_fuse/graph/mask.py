@@ -282,3 +282,24 @@ def _evaluate(mask: torch.Tensor) -> Mask | None:
     if not bool((mask == ((distance >= first) & (distance <= last))).all()):
         return None
     return Mask(None if first == 1 - queries else -first, None if last == keys - 1 else last)
+
+
+def learned_source(mask: Node) -> str | None:
+    """The product, lookup or selection of data that a mask is computed with; None when there is none.
+
+    Such a mask is a bias or a choice of keys that the model makes, whatever the positions.
+    """
+    pending, seen = [mask], set[Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        name = getattr(node.target, "__name__", str(node.target))
+        if node.op in ("call_function", "call_method") and name in _LEARNED:
+            return name
+        pending += node.all_input_nodes
+    return None
+
+
+_LEARNED = {"linear", "matmul", "bmm", "baddbmm", "einsum", "embedding", "topk", "conv1d", "softmax"}

@@ -2,7 +2,8 @@
 
 out[p] = x[p] * cos - x[q] * sin and out[q] = x[q] * cos + x[p] * sin for the pairs (p, q) of the first
 `rotary_dim` lanes, the rest passed through (RoFormer, arXiv:2104.09864). Pairs are (i, i + rotary_dim / 2)
-("half", GPT-NeoX, Llama) or (2i, 2i + 1) ("interleaved", GPT-J, Wan).
+("half", GPT-NeoX, Llama) or (2i, 2i + 1) ("interleaved", GPT-J, Wan), or (real, imaginary) of complex numbers
+that are multiplied by cos + i sin (Llama 4).
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch.fx import Node
 
 from torch_fuse.graph.effects import Order
-from torch_fuse.graph.lanes import LaneTrace, Term, leaf_and_lane
-from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.lane_terms import Term, leaf_and_lane
+from torch_fuse.graph.lanes import LaneTrace
+from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.values import same_shape, tensor
 
 
@@ -30,9 +33,11 @@ class Rope:
         head_dim: size of the last dimension of the result.
         rotary_dim: lanes that are rotated, from lane 0 on.
         interleaved: pairs are (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
-        cos: table of cosines; cos_lanes = (step, first, second): pair i uses lanes step * i + first and
-            step * i + second of its last dimension for its two elements.
+        cos: table of cosines, or complex with the cosines at the even lanes of its `view_as_real`;
+            cos_lanes = (step, first, second): pair i uses lanes step * i + first and step * i + second of its
+            last dimension for its two elements.
         sin: table of sines, and sin_lanes.
+        sin_sign: -1 when it rotates the other way round, by -sin.
         nodes: all nodes from the source to the result.
     """
 
@@ -46,6 +51,7 @@ class Rope:
     sin: Node
     cos_lanes: tuple[int, int, int]
     sin_lanes: tuple[int, int, int]
+    sin_sign: int
     nodes: frozenset[Node]
 
 
@@ -68,6 +74,8 @@ def match_rope(node: Node, order: Order, is_leaf: Callable[[Node], bool], tables
     seen: set[Node] = set()
     try:
         return _match(node, order, is_leaf, tables, seen)
+    except Kept:
+        raise
     except Miss:
         # Something else is computed lane by lane before the rotation, an unusual norm say: stop at a value that the
         # rotation reads more than once.
@@ -94,6 +102,9 @@ def _match(
     terms = trace.trace(node)
     if node in trace.leaves or not any(bool((term.b != 0).any()) for term in terms):
         return None
+    _check_one_piece(terms, node)
+    if not bool((_count(terms) > 1).any()):
+        return None  # every lane is scaled on its own
     source = _source(node, trace, tables)
     lanes = _products(terms, source, node)
     head_dim = len(lanes)
@@ -109,19 +120,44 @@ def _match(
     half = rotary_dim // 2
     interleaved = half > 1 and any(product[1] == offset + 1 for product in lanes[0])
     pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
+    turn = _turn(lanes, pairs[0], offset)
     cos: list[tuple[tuple[int, int], tuple[int, int]]] = []
     sin: list[tuple[tuple[int, int], tuple[int, int]]] = []
     for first, second in pairs:
-        own_1, cross_1 = _own_and_cross(lanes[first], offset + first, offset + second, -1, node)
-        own_2, cross_2 = _own_and_cross(lanes[second], offset + second, offset + first, 1, node)
+        own_1, cross_1 = _own_and_cross(lanes[first], offset + first, offset + second, -turn, node)
+        own_2, cross_2 = _own_and_cross(lanes[second], offset + second, offset + first, turn, node)
         cos.append((own_1, own_2))
         sin.append((cross_1, cross_2))
     cos_leaf, cos_lanes = _table(cos, trace.leaves, node)
     sin_leaf, sin_lanes = _table(sin, trace.leaves, node)
     return Rope(
         node, trace.leaves[source], offset, head_dim, rotary_dim, interleaved, cos_leaf, sin_leaf, cos_lanes,
-        sin_lanes, frozenset(trace.nodes),
+        sin_lanes, turn, frozenset(trace.nodes),
     )  # fmt: skip
+
+
+def _count(terms: Sequence[Term]) -> torch.Tensor:
+    """The number of terms of each lane."""
+    return torch.stack([(term.sign != 0).flatten().int() for term in terms]).sum(0)
+
+
+def _check_one_piece(terms: Sequence[Term], node: Node) -> None:
+    """Raises Kept when lanes that are not rotated come first or from another tensor (multi-head latent attention)."""
+    count = _count(terms)
+    products = torch.stack([(term.b != 0).flatten() for term in terms]).any(0)
+    rotated = (count == 2) & products
+    passed = (count == 1) & ~products
+    if not bool((rotated | passed).all()) or not bool(rotated.any()) or not bool(passed.any()):
+        return
+    changes = int((rotated[1:] != rotated[:-1]).sum())
+    leaves = torch.stack([leaf_and_lane(refs)[0].flatten() for term in terms for refs in (term.a, term.b)])
+    others = set(leaves[:, rotated].flatten().tolist())
+    if changes == 1 and (bool(passed[0]) or not set(leaves[:, passed].max(0).values.tolist()) <= others):
+        first, size = int(rotated.int().argmax()), int(rotated.sum())
+        raise Kept(
+            f"{size} of {len(rotated)} lanes, from lane {first} on, are rotated and joined with others: "
+            "Inductor rotates them in the kernel that joins them", node,
+        )  # fmt: skip
 
 
 def _source(node: Node, trace: LaneTrace, tables: Collection[Node]) -> int:
@@ -131,7 +167,7 @@ def _source(node: Node, trace: LaneTrace, tables: Collection[Node]) -> int:
     candidates = []
     for number, leaf in enumerate(trace.leaves):
         found = tensor(leaf)
-        if leaf in tables or found is None or found.dim() < result.dim():
+        if leaf in tables or found is None or found.is_complex() or found.dim() < result.dim():
             continue
         if same_shape(found.shape[: result.dim() - 1], result.shape[:-1]):
             candidates.append(number)
@@ -164,6 +200,11 @@ def _products(terms: Sequence[Term], source: int, node: Node) -> list[list[_Prod
     return lanes
 
 
+def _turn(lanes: list[list[_Product]], pair: tuple[int, int], offset: int) -> int:
+    """The sign of the sine in the second lane of a pair."""
+    return next((sign for sign, lane, _ in lanes[pair[1]] if lane == offset + pair[0]), 1)
+
+
 def _own_and_cross(
     lane: Sequence[_Product], own: int, cross: int, sign: int, node: Node
 ) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -173,7 +214,7 @@ def _own_and_cross(
         raise Miss("lanes are paired neither (i, i + rotary_dim / 2) nor (2i, 2i + 1)", node, 2)
     (own_sign, _, cos), (cross_sign, _, sin) = by_source[own], by_source[cross]
     if (own_sign, cross_sign) != (1, sign):
-        raise Miss("the rotation has other signs than (x1 cos - x2 sin, x2 cos + x1 sin)", node, 2)
+        raise Miss("the signs are not those of a rotation, (x1 cos - x2 sin, x2 cos + x1 sin)", node, 2)
     assert cos is not None and sin is not None
     return cos, sin
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import describe_shape, location, tensor, value
 from torch_fuse.options import Options
@@ -36,6 +37,8 @@ _UNCLAIMED: dict[str, tuple[Status, str]] = {
     "combine": ("kept", "Inductor fuses the sum into one kernel; no registered fusion takes it further"),
     "dequant": ("missed", "no registered fusion for a weight that is dequantised in the graph"),
 }
+# Views that may be computed earlier than the graph does.
+_HOISTED = {"getitem", "select", "narrow", "chunk", "split", "unbind", "view", "unflatten", "transpose", "permute"}
 # Child graphs whose bodies are differentiated and compiled like the outer graph.
 _OPEN_REGIONS = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "cond", "invoke_subgraph"}
 
@@ -167,6 +170,10 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, write
                 match = pattern.match(view, anchor)
             if match is None:
                 continue
+            if _hoist_views(view, match):
+                view, stale = GraphView(module), set()
+                match = pattern.match(view, anchor)
+                assert match is not None
             at = _insertion_point(view, match)
             kept = _kept(pattern, match, refusal, run)
             if kept is not None:
@@ -174,7 +181,7 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, write
                 continue
             stale |= _replace(module, view, pattern, match, at, run)
         except Miss as miss:
-            _record(run, pattern, anchor, "missed", miss.reason)
+            _record(run, pattern, anchor, miss.status, miss.reason)
 
 
 def _outdated(view: GraphView, match: Match, stale: set[Node]) -> bool:
@@ -189,6 +196,44 @@ def _outdated(view: GraphView, match: Match, stale: set[Node]) -> bool:
     return view.order.nodes[max(index[node] for node in match.replaced) + 1] in stale
 
 
+def _earliest_reader(view: GraphView, match: Match) -> int:
+    """The position before which the replacement has to be computed."""
+    index = view.order.index
+    at = max(index[node] for node in match.replaced) + 1
+    return min([at, *(index[user] for node in match.replaced for user in node.users if user not in match.region)])
+
+
+def _hoist_views(view: GraphView, match: Match) -> bool:
+    """Moves views that the match reads before the first reader of its results, where that changes nothing.
+
+    A slice of the key may stand behind the concatenation that the query goes into.
+    """
+    at, order = _earliest_reader(view, match), view.order
+    late: set[Node] = set()
+    pending = list(match.inputs)
+    while pending:
+        node = pending.pop()
+        if order.index[node] < at or node in late:
+            continue
+        call = call_of(node)
+        if call is None or call.inplace or call.op not in _HOISTED:
+            return False
+        late.add(node)
+        pending += node.all_input_nodes
+    if not late:
+        return False
+    try:
+        # From the node before the reader on: what is written between the reader and the views counts too.
+        order.check_movable(
+            {*late, order.nodes[at - 1]}, [source for node in late for source in node.all_input_nodes], at
+        )
+    except Miss:
+        return False
+    for node in sorted(late, key=order.index.__getitem__):
+        order.nodes[at].prepend(node)
+    return True
+
+
 def _insertion_point(view: GraphView, match: Match) -> int:
     """The position before which the replacement is computed.
 
@@ -197,9 +242,7 @@ def _insertion_point(view: GraphView, match: Match) -> int:
             instead of where the graph reads it would give other values.
     """
     index = view.order.index
-    at = max(index[node] for node in match.replaced) + 1
-    for node in match.replaced:
-        at = min([at, *(index[user] for user in node.users if user not in match.region)])
+    at = _earliest_reader(view, match)
     late = [node for node in match.inputs if index[node] >= at]
     if late:
         raise Miss(f"{view.order.nodes[at].name} reads a part of the match before {late[0].name} is computed", late[0])
