@@ -6,7 +6,8 @@ import torch
 from torch.fx import Node
 
 from torch_fuse.graph.effects import Order
-from torch_fuse.graph.lanes import LaneTrace, leaf_and_lane
+from torch_fuse.graph.lane_terms import leaf_and_lane
+from torch_fuse.graph.lanes import LaneTrace
 
 
 def match_slice(node: Node, order: Order, source: Node) -> tuple[int, frozenset[Node]] | None:
