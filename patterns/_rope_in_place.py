@@ -70,6 +70,8 @@ def _is_partial(heads: Heads) -> bool:
     rope, source, result = heads.rope, tensor(heads.source), tensor(heads.result)
     assert rope is not None and source is not None and result is not None
     plain = heads.norm is None and not heads.views and source.dim() == 4 and source.dtype == result.dtype
+    if source.requires_grad:  # not measured to win with gradients
+        return False
     return plain and 4 * rope.rotary_dim <= 3 * rope.head_dim
 
 

@@ -42,7 +42,8 @@ def main() -> None:
     for name in ("GPTNeoX", "Qwen3", "Wan"):
         inputs = models.inputs(name, batch=2, length=64 if name == "Wan" else 33)
         results[name] = compare(models.build(name), kwargs=inputs, options=AUTO, draws=1)
-    gated_residual_norm.MIN_WIDTH, gated_residual_norm.MIN_TOKENS = 8, 1
+    gated_residual_norm.MIN_WIDTH, gated_residual_norm.MIN_ELEMENTS = 8, 1
+    gated_residual_norm.WINS_WITH_GRADIENTS = True
     for name in ("neox_parallel", "wan_feed_forward", "bert_post_norm"):
         model, inputs = _gated_residual_norm_examples._example(getattr(_gated_residual_norm_examples, name), True).make(
             torch.float32

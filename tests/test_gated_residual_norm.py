@@ -117,8 +117,10 @@ def decision(model, shape=(2, 128, 512), dtype=torch.bfloat16, grad: bool = Fals
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if Triton could run on the CPU; nothing is launched."""
+    """As if Triton could run on the CPU, and narrow rows paid; nothing is launched."""
     monkeypatch.setattr("torch_fuse.kernels._gated_residual_norm_common.no_triton", lambda x: None)
+    monkeypatch.setattr("torch_fuse.patterns.gated_residual_norm.MIN_WIDTH", 512)
+    monkeypatch.setattr("torch_fuse.patterns.gated_residual_norm.MIN_ELEMENTS", 256 * 512)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
@@ -133,7 +135,7 @@ def test_where_the_kernel_runs_wide_rows_of_many_tokens_are_fused() -> None:
     assert (site.status, site.op) == ("fused", "torch_fuse::gated_residual_norm")
     assert calls[0][-1] is True, "the sum is read"
     site, _ = decision(Block(plain), (2, 127, 512))
-    assert site.status == "kept" and site.reason == "254 tokens: bound by the launch; it pays from 256 on"
+    assert site.status == "kept" and site.reason == "130048 elements: bound by the launch; it pays from 131072 on"
     site, _ = decision(Block(plain, 496), (2, 128, 496))
     assert site.status == "kept" and "rows of 496 lanes" in site.reason
     site, _ = decision(Block(plain, 516), (2, 128, 516))
@@ -143,7 +145,15 @@ def test_where_the_kernel_runs_wide_rows_of_many_tokens_are_fused() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_sum_that_nothing_reads_is_written_for_a_gradient_only() -> None:
+def test_with_gradients_it_is_kept_until_it_is_measured_to_win() -> None:
+    site, _ = decision(Block(plain), grad=True)
+    assert (site.status, site.reason) == ("kept", "with gradients it is not measured to win")
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_sum_that_nothing_reads_is_written_for_a_gradient_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch_fuse.patterns.gated_residual_norm.WINS_WITH_GRADIENTS", True)
+
     def post_norm(m, x):
         return m.next(m.norm(x + m.one(x)))
 

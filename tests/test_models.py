@@ -166,3 +166,20 @@ def test_layers_share_the_tables() -> None:
     calls = [node for graph in rewriter.graphs for node in graph.graph.nodes if node.target is qk_norm_rope.reference]
     assert len(calls) == 4
     assert len({call.args[4] for call in calls}) == len({call.args[5] for call in calls}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["GPTNeoX", "Phi", "StableLM", "GPT-J"])
+def test_partial_embeddings_are_rotated_where_they_lie_in_inference(name: str, dtype: torch.dtype) -> None:
+    model = models.build(name).to(dtype).requires_grad_(False)
+    result = compare(model, kwargs=models.inputs(name), draws=1, grad=False)
+    assert not result.problems
+    sites = [site for site in result.report.sites if site.pattern == "norm_qkv_rope_attention"]
+    assert {(site.status, site.op) for site in sites} == {("fused", "torch_fuse::partial_rope")}
+
+
+def test_with_gradients_query_and_key_are_written_anew() -> None:
+    result = compare(models.build("GPTNeoX"), kwargs=models.inputs("GPTNeoX"), draws=1)
+    assert not result.problems
+    sites = [site for site in result.report.sites if site.pattern == "norm_qkv_rope_attention"]
+    assert {(site.status, site.op) for site in sites} == {("fused", "torch_fuse::qk_norm_rope")}
