@@ -38,8 +38,6 @@ from torch_fuse.rewrite.view import GraphView
 MIN_WIDTH = 1032
 # Fewer elements, and the call is bound by launches, of which this op costs more: Wan at 1,560 tokens.
 MIN_ELEMENTS = 2**22
-# The backward is right, but not measured to win anywhere yet.
-WINS_WITH_GRADIENTS = False
 
 
 @register
@@ -93,7 +91,7 @@ class GatedResidualNorm(Pattern):
         elements = math.prod(size_hint(size, 1) for size in x.shape)
         if elements < MIN_ELEMENTS:
             return f"{elements} elements: bound by the launch; it pays from {MIN_ELEMENTS} on"
-        if not WINS_WITH_GRADIENTS and any(tensor(node).requires_grad for node in match.replaced):  # type: ignore[union-attr]
+        if not options.unmeasured and any(tensor(node).requires_grad for node in match.replaced):  # type: ignore[union-attr]
             return "with gradients it is not measured to win"
         return match.bindings["kept"]
 

@@ -109,8 +109,11 @@ def plain(m, x):
     return r + m.next(m.norm(r))
 
 
-def decision(model, shape=(2, 128, 512), dtype=torch.bfloat16, grad: bool = False):
-    found, calls = sites(model, [torch.randn(shape, dtype=dtype)], grad=grad)
+UNMEASURED = Options(on_error="raise", only=ONLY, unmeasured=True)
+
+
+def decision(model, shape=(2, 128, 512), dtype=torch.bfloat16, grad: bool = False, options=None):
+    found, calls = sites(model, [torch.randn(shape, dtype=dtype)], options, grad)
     (site,) = found
     return site, calls
 
@@ -151,14 +154,12 @@ def test_with_gradients_it_is_kept_until_it_is_measured_to_win() -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_sum_that_nothing_reads_is_written_for_a_gradient_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch_fuse.patterns.gated_residual_norm.WINS_WITH_GRADIENTS", True)
-
+def test_a_sum_that_nothing_reads_is_written_for_a_gradient_only() -> None:
     def post_norm(m, x):
         return m.next(m.norm(x + m.one(x)))
 
     for grad in (False, True):
-        _, calls = decision(Block(post_norm), grad=grad)
+        _, calls = decision(Block(post_norm), grad=grad, options=UNMEASURED)
         assert calls[0][-1] is grad
 
 

@@ -25,6 +25,7 @@ def test_no_options_are_the_defaults():
         ({"lossy": ["attention"]}, ["'attention'", "nothing"]),
         ({"fuel": -1}, ["fuel", "-1", ">= 0"]),
         ({"fuel": True}, ["fuel", "True"]),
+        ({"unmeasured": 1}, ["unmeasured", "1", "True"]),
         ({"on_miss": "raise"}, ["'raise'", "error"]),
         ({"inductor": {"max_autotun": True}}, ["'max_autotun'", "'max_autotune'"]),
         ({"inductor": 1}, ["inductor", "1"]),

@@ -26,6 +26,7 @@ class Options:
         only: names of the only patterns that are tried; empty for all.
         kernels: "auto" replaces a subgraph where the fused op wins on its device; "reference" replaces every
             match by the op's plain torch implementation (for tests, demos and debugging).
+        unmeasured: also replace where the fused op is right, but not measured to win: to measure it.
         verify: "first_call" runs the fused and the unfused graph on the real inputs of the first call,
             logs the difference, and goes on with the unfused graph when they disagree.
         on_miss: what to do when an attention was not recognised: nothing, warn, or raise.
@@ -39,6 +40,7 @@ class Options:
     disable: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     kernels: Kernels = "auto"
+    unmeasured: bool = False
     verify: Verify = "off"
     on_miss: OnMiss = "ignore"
     on_error: OnError = "fallback"
@@ -115,6 +117,9 @@ def parse_options(options: Mapping[str, Any] | None, pattern_names: Collection[s
         elif key == "fuel":
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise OptionError(f"options['fuel'] is {value!r}; allowed: None or an int >= 0")
+        elif key == "unmeasured":
+            if not isinstance(value, bool):
+                raise OptionError(f"options['unmeasured'] is {value!r}; allowed: False, True")
         elif key == "inductor":
             value = _inductor(value)
         checked[key] = value
