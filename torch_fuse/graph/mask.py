@@ -116,8 +116,10 @@ def match_kept_keys(
         keep = sympy.Not(keep)
     sizes = {DIM[d]: size_expr(size) for d, size in enumerate(found.shape)}
     keep = keep.subs({DIM[d]: sympy.Integer(0) for d, size in enumerate(found.shape) if equal(size, 1)})
-    keys = {"first": sympy.Integer(0)}
-    if known_true(sympy.Ge(sizes[j], sizes[i]), shape_env):
+    keys: dict[str, sympy.Expr] = {"first": sympy.Integer(0)}
+    if equal(found.shape[-2], 1):
+        keys["own"] = j  # one row for all queries: whichever key is a query's own, it is kept if all are
+    elif known_true(sympy.Ge(sizes[j], sizes[i]), shape_env):
         keys["own"] = i
     return frozenset(
         name

@@ -1,0 +1,177 @@
+"""Attention that once came out wrong, or could: each model here is the smallest that shows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Rewriter, compare, rewritten
+from test_written_out_attention import PATTERN, qkv, site
+from torch import Tensor, nn
+
+_S = 9
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def index() -> Tensor:
+    return torch.arange(_S)
+
+
+# -- what a proof has read, or a rewrite reads earlier or later than the graph, is written to ------------------------
+
+
+class _Table(nn.Module):
+    """Attention with a learned bias, of which `write` changes something in place."""
+
+    def __init__(self, bias: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, _S, _S))
+        self.bias = bias
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT + self.bias(self.table)).softmax(-1).to(v.dtype) @ v
+
+
+def _masked_later(table: Tensor) -> Tensor:
+    bias = table.tanh()
+    bias.masked_fill_(index()[:, None] == 2, -math.inf)
+    return bias
+
+
+def _widened_before(table: Tensor) -> Tensor:
+    bias = table.bfloat16().tanh()
+    wide = bias.float()
+    bias.mul_(3)
+    return wide
+
+
+def _zero_no_more(table: Tensor) -> Tensor:
+    zero = torch.zeros(3, _S, _S)
+    zero.add_(table.detach() - 9)
+    return torch.where(index() != 4, zero, -math.inf)
+
+
+def _lowest_no_more(table: Tensor) -> Tensor:
+    low = torch.full((), -math.inf)
+    low.zero_()
+    return torch.where(index() != 4, torch.zeros(()), low)
+
+
+@pytest.mark.parametrize("bias", [_masked_later, _widened_before, _zero_no_more, _lowest_no_more])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_that_is_written_in_place_is_what_it_is_then(bias: Callable[[Tensor], Tensor], dtype: Any) -> None:
+    result = compare(_Table(bias), qkv(dtype, grad=False), grad=False)
+    assert not result.problems, result.reasons
+    assert "writes in place to it" in site(result).reason
+
+
+def test_a_number_that_replaces_scores_is_what_it_is_then() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        low = torch.full((), -math.inf)
+        low.fill_(2.0)
+        return torch.where(index() != 4, q @ k.mT, low).softmax(-1) @ v
+
+    result = compare(model, qkv())
+    assert not result.problems and "writes in place to it" in site(result).reason
+
+
+@pytest.mark.parametrize("written", ["query", "key", "value", "none"])
+def test_heads_that_a_reshape_has_copied_are_not_those_written_to_later(written: str) -> None:
+    def model(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        heads = [(t + 0).view(2, _S, 3, 8).transpose(1, 2) for t in (x, y, z)]
+        q, k, v = (t.reshape(6, _S, 8) for t in heads)
+        if written != "none":
+            heads[["query", "key", "value"].index(written)].mul_(2)
+        weights = torch.bmm(q, k.transpose(1, 2)).view(2, 3, _S, _S).softmax(-1).view(6, _S, _S)
+        return torch.bmm(weights, v).view(2, 3, _S, 8)
+
+    result = compare(model, [torch.randn(2, _S, 24, requires_grad=True) for _ in range(3)])
+    assert site(result).status == "fused" and not result.problems
+
+
+# -- rows without keys -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [1, _S], ids=["one", "all"])
+def test_one_row_of_a_mask_for_all_queries_is_not_taken_for_their_own_keys(kept: int) -> None:
+    """With one kept key, the second mask leaves no key to any query but the first."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first, later = (index() < kept)[None], index()[None] >= index()[:, None]
+        return (q @ k.mT).masked_fill(~first, -math.inf).masked_fill(~later, -math.inf).softmax(-1) @ v
+
+    result = compare(model, qkv(grad=False), grad=False)
+    assert site(result).status == "fused" and not result.problems
+    assert ("apart" in site(result).reason) == (kept == 1)
+
+
+def test_a_mask_of_integers_is_not_taken_for_positions() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        mask = ((1 - keep) * -1000000000).to(q.dtype)
+        return (q @ k.mT + mask[:, None, None]).softmax(-1) @ v
+
+    result = compare(model, (*qkv(), torch.tensor([[0] * _S, [1] * 4 + [0] * (_S - 4)])))
+    assert not result.problems and "is not known" in site(result).reason
+
+
+def test_distances_times_slopes_are_a_bias() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        slopes = 2.0 ** -torch.arange(1.0, 4.0)[:, None, None]
+        return (q @ k.mT + (index()[None] - index()[:, None]) * slopes).softmax(-1) @ v
+
+    result = compare(model, qkv())
+    assert site(result).status == "fused" and not result.problems
+
+
+# -- dtypes, dropout, scale ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_bias_of_the_other_half_precision_is_not_rounded(dtype: torch.dtype) -> None:
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    bias = torch.randn(1, 1, _S, _S, dtype=other, requires_grad=True)
+    result = compare(lambda q, k, v, b: (q @ k.mT + b).softmax(-1).to(v.dtype) @ v, (*qkv(dtype), bias))
+    assert "would round" in site(result).reason and not result.problems
+
+
+@pytest.mark.parametrize("first", [0.0, 0.5])
+def test_dropout_is_seen_behind_dropout_that_drops_nothing(first: float) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.dropout(F.dropout((q @ k.mT).softmax(-1), first), 0.5 - first) @ v
+
+    rewriter = Rewriter()
+    rewritten(model, rewriter)(*qkv())
+    assert "dropped at random" in site(rewriter).reason
+
+
+_CONSTANTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "full": lambda q: torch.full([], q.shape[-1] ** 0.5, dtype=q.dtype, device=q.device),  # GPT-2
+    "root": lambda q: torch.sqrt(torch.tensor(q.shape[-1], dtype=torch.float32)),  # GPT-J
+    "tensor": lambda q: torch.tensor(2.5),
+}
+
+
+@pytest.mark.parametrize("name", _CONSTANTS)
+def test_a_scale_that_is_a_constant_tensor_is_a_number(name: str) -> None:
+    result = compare(lambda q, k, v: (q @ k.mT / _CONSTANTS[name](q)).softmax(-1) @ v, qkv(torch.bfloat16))
+    assert site(result).status == "fused" and not result.problems
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, math.inf, "divided by zero"])
+def test_a_scale_that_fused_kernels_do_not_take_is_refused(scale: float | str) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT
+        return (scores / 0.0 if isinstance(scale, str) else scores * scale).softmax(-1) @ v
+
+    rewriter = Rewriter()
+    rewritten(model, rewriter)(*qkv())
+    assert site(rewriter).status == "kept" and "the scores are" in site(rewriter).reason
+    assert PATTERN not in {pattern for pattern, status in rewriter.statuses if status == "fused"}
