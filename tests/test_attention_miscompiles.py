@@ -175,3 +175,81 @@ def test_a_scale_that_fused_kernels_do_not_take_is_refused(scale: float | str) -
     rewritten(model, rewriter)(*qkv())
     assert site(rewriter).status == "kept" and "the scores are" in site(rewriter).reason
     assert PATTERN not in {pattern for pattern, status in rewriter.statuses if status == "fused"}
+
+
+@pytest.mark.parametrize("single", ["query", "key", "value", "query and key"])
+def test_one_matrix_for_all_of_a_batch_agrees(single: str) -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x[:1] if name in single else x for name, x in (("query", q), ("key", k), ("value", v)))
+        return (q @ k.mT).softmax(-1) @ v
+
+    result = compare(model, qkv(torch.float32, 3, _S, 8))
+    assert not result.problems and (site(result).status == "fused") == ("query" not in single)
+
+
+# -- masks -----------------------------------------------------------------------------------------------------------
+
+
+def _sdpa(mask: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def model(x: Tensor, y: Tensor, z: Tensor, padding: Tensor) -> Tensor:
+        q, k, v = (t.view(2, -1, 3, 8).transpose(1, 2) for t in (x, y, z))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask(padding)).transpose(1, 2).flatten(2)
+
+    return model
+
+
+def packed(queries: int = _S) -> list[Tensor]:
+    padding = torch.ones(2, _S, dtype=torch.int64)
+    padding[1, 5:] = 0
+    shapes = ((2, queries, 24), (2, _S, 24), (2, _S, 24))
+    return [*(torch.randn(shape, requires_grad=True) for shape in shapes), padding]
+
+
+@pytest.mark.parametrize(("dtype", "factor", "start"), [(torch.int32, 10**9, 0), (torch.float32, 1, 2**24)], ids=str)
+def test_positions_that_a_type_does_not_hold_are_not_whole_numbers(dtype: Any, factor: int, start: int) -> None:
+    """8 * 10**9 wraps in 32 bits; beyond 2**24 single precision has even numbers only."""
+
+    def mask(padding: Tensor) -> Tensor:
+        i = index().to(dtype) * factor + start
+        return i[None] <= i[:, None]
+
+    result = compare(_sdpa(mask), packed())
+    assert not result.problems and result.fused("causal_mask") == 0
+
+
+@pytest.mark.parametrize("low", ["inf", "lowest"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_causal_mask_plus_a_padding_mask_is_both(order: int, low: str) -> None:
+    number = -math.inf if low == "inf" else torch.finfo(torch.float32).min
+
+    def mask(padding: Tensor) -> Tensor:
+        later = torch.zeros(_S, _S).masked_fill(index()[None] > index()[:, None], number)
+        absent = torch.where(padding[:, None, None] == 0, number, 0.0)
+        first, second = (later, absent)[::order]
+        return first + second
+
+    result = compare(_sdpa(mask), packed())
+    assert not result.problems and result.fused("masked_attention") == (low == "inf"), result.reasons
+
+
+@pytest.mark.parametrize("written", ["before", "between", "after"])
+@pytest.mark.parametrize("shared", ["padding", "mask"])
+def test_two_layers_read_the_padding_that_is_there(written: str, shared: str) -> None:
+    def model(x: Tensor, y: Tensor, z: Tensor, padding: Tensor) -> Any:
+        def attend(keep: Tensor) -> Tensor:
+            return _sdpa(lambda _: keep)(x, y, z, padding)
+
+        keep = (padding != 0)[:, None, None]
+        if written == "before":
+            padding[:, 2] = 0
+        first = attend(keep)
+        if written == "between":
+            padding[:, 2] = 0
+        second = attend(keep if shared == "mask" else (padding != 0)[:, None, None])
+        if written == "after":
+            padding[:, 2] = 0
+        return first, second
+
+    result = compare(model, packed())
+    assert not result.problems, result.reasons
+    assert result.fused("masked_attention") == {"before": 0, "between": 1, "after": 2}[written], result.reasons
