@@ -253,3 +253,35 @@ def test_two_layers_read_the_padding_that_is_there(written: str, shared: str) ->
     result = compare(model, packed())
     assert not result.problems, result.reasons
     assert result.fused("masked_attention") == {"before": 0, "between": 1, "after": 2}[written], result.reasons
+
+
+@pytest.mark.parametrize("relation", [torch.lt, torch.gt, torch.eq, torch.ne])
+@pytest.mark.parametrize(
+    ("dtype", "number"), [(torch.uint8, 300), (torch.uint8, -1), (torch.int8, 200), (torch.int8, -200)], ids=str
+)
+def test_a_number_that_the_tokens_type_does_not_hold_does_not_wrap(
+    dtype: torch.dtype, number: int, relation: Callable[..., Tensor]
+) -> None:
+    tokens = torch.tensor([0, 1, 44, 56, 100, 120, 127, 3, 2]).to(dtype).expand(2, _S).contiguous()
+    *inputs, _ = packed()
+    result = compare(_sdpa(lambda p: relation(p.long(), number)[:, None, None]), (*inputs, tokens))
+    assert not result.problems, result.reasons
+
+
+def _nested(padding: Tensor, kind: str) -> Tensor:
+    absent, later = padding[:, None, None] == 0, index()[None] > index()[:, None]
+    causal = torch.zeros(_S, _S).masked_fill(later, -math.inf)
+    return {
+        "filled_twice": lambda: causal.expand(2, 1, _S, _S).masked_fill(absent, -math.inf),
+        "where_other": lambda: torch.where(absent, -math.inf, causal),
+        "where_chosen": lambda: torch.where(~absent, causal, -math.inf),
+        "opened_again": lambda: torch.where(torch.eye(_S).bool(), 0.0, torch.where(absent, -math.inf, causal)),
+        "upper_of_choice": lambda: torch.triu(torch.where(absent, 0.0, -math.inf).expand(2, 1, _S, _S), 1),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["filled_twice", "where_other", "where_chosen", "opened_again", "upper_of_choice"])
+def test_choices_among_choices_keep_what_they_say(kind: str) -> None:
+    result = compare(_sdpa(lambda padding: _nested(padding, kind)), packed())
+    assert not result.problems, result.reasons
+    assert result.fused("masked_attention") == (kind in ("filled_twice", "where_other", "where_chosen"))

@@ -63,13 +63,22 @@ def _is_exact(element: Any, found: torch.Tensor) -> bool:
     return bool(largest < _EXACT[found.dtype])
 
 
-def _cases(choice: sympy.Piecewise) -> list[tuple[Any, Any]]:
-    """Each value with the condition under which it is taken, of which one holds everywhere."""
+def _choice(condition: Any, chosen: Any, other: Any) -> sympy.Piecewise:
+    """`chosen` where a condition holds, else `other`; choices among choices become one."""
+    first = [(x, sympy.And(condition, c)) for x, c in _cases(chosen)]
+    return sympy.Piecewise(*first, *(other.args if isinstance(other, sympy.Piecewise) else [(other, sympy.true)]))
+
+
+def _cases(element: Any) -> list[tuple[Any, Any]]:
+    """Each value with the condition under which it is taken, of which one holds everywhere; zeros, which keep, first.
+
+    What a mask keeps is then the condition of the first value, without that no other one holds.
+    """
     cases, taken = [], sympy.false
-    for number, condition in choice.args:
+    for number, condition in element.args if isinstance(element, sympy.Piecewise) else [(element, sympy.true)]:
         cases.append((number, sympy.And(condition, sympy.Not(taken))))
         taken = sympy.Or(taken, condition)
-    return cases
+    return sorted(cases, key=lambda case: case[0] != 0)
 
 
 def loads(expr: Any) -> set[AppliedUndef]:
@@ -257,7 +266,7 @@ class IndexTrace(Views):
             return sympy.Or(sympy.And(condition, chosen), sympy.And(sympy.Not(condition), other))
         if is_bool(chosen) or is_bool(other):
             raise Miss("the mask chooses between a boolean and a number", node)
-        return sympy.Piecewise((chosen, condition), (other, True))
+        return _choice(condition, chosen, other)
 
     def _masked_fill(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         condition = self._operand(call["mask"], found)
@@ -265,7 +274,7 @@ class IndexTrace(Views):
         if found.dtype == torch.bool:
             filled = sympy.true if filled not in (0, sympy.false) else sympy.false
             return sympy.Or(sympy.And(condition, filled), sympy.And(sympy.Not(condition), kept))
-        return sympy.Piecewise((filled, condition), (kept, True))
+        return _choice(condition, filled, kept)
 
     def _tril(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         i, j = DIM[found.dim() - 2], DIM[found.dim() - 1]
@@ -276,7 +285,7 @@ class IndexTrace(Views):
         element = self.trace(call["input"])
         if is_bool(element):
             return sympy.And(inside, element)
-        return sympy.Piecewise((element, inside), (sympy.Integer(0), True))
+        return _choice(inside, element, sympy.Integer(0))
 
     _triu = _tril
 
