@@ -152,8 +152,17 @@ def _check_sources(mask: Mask) -> None:
         if [index for index in load.args if not index.is_Integer] not in ([by_batch, by_key], [by_key]):
             raise Miss(f"the mask reads {source.name} by other indices than batch and key", source)
     for relation in mask.keys.atoms(sympy.core.relational.Relational):
-        if not any(side.is_number and abs(side) < 2**24 for side in relation.args):
+        numbers = [side for side in relation.args if side.is_number]
+        types = [tensor(mask.sources[load.func.__name__]).dtype for load in loads(relation)]  # type: ignore[union-attr]
+        if not (numbers and all(_holds(dtype, number) for dtype in types for number in numbers)):
             raise Miss(f"the mask compares values: {relation}", next(iter(mask.sources.values())))
+
+
+def _holds(dtype: torch.dtype, number: sympy.Expr) -> bool:
+    """Whether a comparison with a number is one of numbers: small integer types let a larger number wrap."""
+    if dtype == torch.bool:
+        return number in (0, 1)
+    return bool(abs(number) < 2**24 and torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max)
 
 
 def _axes(mask: Mask) -> tuple[sympy.Symbol, sympy.Symbol]:

@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.effects import Order
+from torch_fuse.graph.fold import fold_constant
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.product import Operand
 from torch_fuse.graph.score_mask import MaskPlan, plan_mask
@@ -68,7 +71,7 @@ class WrittenOutAttention(Pattern):
         if written is None:
             return None
         region = written.nodes | written.before
-        operands = tuple(operand.node for operand in (written.query, written.key, written.value))
+        operands = tuple(operand.node for operand in _operands(written))
         refusal = _refusal(written)
         bindings: dict[str, Any] = {"written": written, "refusal": refusal}
         if refusal:
@@ -78,9 +81,12 @@ class WrittenOutAttention(Pattern):
         if sizes is None:
             raise Miss("the scores have more than batch, head, query and key, or heads are split unclearly", anchor)
         plan = plan_mask(written, view.order, view.shape_env)
-        bindings |= {"sizes": sizes, "plan": plan}
+        factors = tuple(_folded(factor, view.order, anchor) for factor in written.factors)
+        split = {x.node: source for x in _operands(written) if (source := _split_before(x, sizes, view.order, anchor))}
+        operands = (*operands, *split.values())
+        bindings |= {"sizes": sizes, "plan": plan, "factors": factors, "split": split}
         read = [*(term.node for term in (*written.terms, *plan.terms)), *(fill.mask for fill in plan.fills)]
-        read += [factor.number for factor in written.factors if isinstance(factor.number, Node)]
+        read += [factor.number for factor in factors if isinstance(factor.number, Node)]
         return Match(anchor, bindings, (anchor,), region, (*operands, *dict.fromkeys(read)), plan.note)
 
     def check(self, match: Match, options: Options) -> str | None:
@@ -94,7 +100,7 @@ class WrittenOutAttention(Pattern):
             return f"not measured on {kind}"
         if query.dtype == torch.float64:
             return "SDPA has no fused kernel for float64"
-        for name, operand in (("query", written.query), ("key", written.key), ("value", written.value)):
+        for name, operand in zip(("query", "key", "value"), _operands(written), strict=True):
             found = tensor(operand.node)
             assert found is not None
             if not equal(found.stride(operand.dims[-1]), 1):
@@ -110,9 +116,9 @@ class WrittenOutAttention(Pattern):
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
         written, plan = match.bindings["written"], match.bindings["plan"]
-        emit = _Emitter(builder, written, match.bindings["sizes"])
-        scale, tensors = emit.scale()
-        query, key, value = (emit.operand(x) for x in (written.query, written.key, written.value))
+        emit = _Emitter(builder, written, match.bindings["sizes"], match.bindings["split"])
+        scale, tensors = emit.scale(match.bindings["factors"])
+        query, key, value = (emit.operand(x) for x in _operands(written))
         for factor in tensors:
             query = emit.scaled_query(query, factor)
         mask, lonely = emit.mask(plan)
@@ -149,7 +155,7 @@ def _check_dtypes(written: WrittenOut) -> None:
     sources = [tensor(x) for x in written.scores.all_input_nodes]
     if scores is None or any(x is not None and x.dtype != scores.dtype for x in sources):
         raise Miss("autocast changes the dtype of the scores", written.scores)
-    for name, operand in (("query", written.query), ("key", written.key), ("value", written.value)):
+    for name, operand in zip(("query", "key", "value"), _operands(written), strict=True):
         found = tensor(operand.node)
         assert found is not None
         if found.dtype != out.dtype or found.device != out.device:
@@ -163,20 +169,53 @@ def _check_dtypes(written: WrittenOut) -> None:
         raise Miss("it has no elements", written.node)
 
 
-class _Emitter:
-    """Emits the parts of the call, all as [B, H, ...]."""
+def _operands(written: WrittenOut) -> tuple[Operand, Operand, Operand]:
+    return written.query, written.key, written.value
 
-    def __init__(self, builder: Builder, written: WrittenOut, sizes: tuple[Any, Any]) -> None:
+
+def _folded(factor: Factor, order: Order, anchor: Node) -> Factor:
+    """The factor as a number, when it is a constant tensor with one element."""
+    found = tensor(factor.number)
+    if found is None or found.dim() > 0:
+        return factor
+    folded = fold_constant(factor.number, order, anchor)
+    return factor if folded is None else replace(factor, number=folded.item())
+
+
+def _split_before(operand: Operand, sizes: tuple[Any, Any], order: Order, anchor: Node) -> Node | None:
+    """[B, H, S, D] that was reshaped to the operand [B * H, S, D], if it is still the same at the anchor."""
+    call = call_of(operand.node)
+    if not operand.as_it_is or len(operand.dims) != 3 or call is None or call.op not in ("view", "reshape", "flatten"):
+        return None
+    source = tensor(call["input"])
+    if source is None or source.dim() != 4 or not same_shape(source.shape, (*sizes, *operand.sizes()[1:])):
+        return None
+    try:
+        order.check_movable({operand.node, anchor}, [call["input"]], order.index[anchor])
+    except Miss:
+        return None  # a reshape may have copied what was written to later
+    return call["input"]
+
+
+class _Emitter:
+    """Emits the parts of the call, all as [B, H, ...]; `split` holds operands that were so before a reshape."""
+
+    def __init__(
+        self, builder: Builder, written: WrittenOut, sizes: tuple[Any, Any], split: Mapping[Node, Node]
+    ) -> None:
         self.builder = builder
         self.written = written
         self.sizes = sizes
+        self.split = split
         self.dtype = tensor(written.node).dtype  # type: ignore[union-attr]
 
-    def scale(self) -> tuple[Any, list[Factor]]:
+    def scale(self, factors: Iterable[Factor]) -> tuple[Any, list[Factor]]:
         """The product of all factors that are numbers, and the others."""
         scale: Any = 1.0
         tensors = []
-        for factor in self.written.factors:
+        for factor in factors:
+            if factor.divides and factor.number == 0:
+                raise Miss("the scores are divided by zero", self.written.node)
             if isinstance(factor.number, Node) and tensor(factor.number) is not None:
                 tensors.append(factor)
             elif isinstance(scale, float) and isinstance(factor.number, (int, float)):
@@ -184,25 +223,15 @@ class _Emitter:
             else:
                 apply = operator.truediv if factor.divides else operator.mul
                 scale = self.builder.call(apply, scale, factor.number)
+        if isinstance(scale, float) and not 0 < scale < math.inf:
+            raise Miss(f"the scores are scaled by {scale}, which SDPA's fused kernels do not take", self.written.node)
         return scale, tensors
 
     def operand(self, operand: Operand) -> Node:
         """[B, H, S, D]."""
         node = operand.node
-        call = call_of(node)
-        if (
-            operand.as_it_is
-            and len(operand.dims) == 3
-            and call is not None
-            and call.op in ("view", "reshape", "flatten")
-        ):
-            source = tensor(call["input"])
-            if (
-                source is not None
-                and source.dim() == 4
-                and same_shape(source.shape, (*self.sizes, *operand.sizes()[1:]))
-            ):
-                return call["input"]
+        if node in self.split:
+            return self.split[node]
         if not operand.as_it_is:
             node = self.builder.call("permute", node, operand.dims)
         if len(operand.dims) == 3:

@@ -10,11 +10,13 @@ import sys
 
 import models
 import torch
+import torch.nn.functional as F
 from harness import Comparison, compare
 from spelled import Block, Spelling, make_input
+from torch import Tensor
 
 from torch_fuse import Options
-from torch_fuse.patterns import _gated_residual_norm_examples, gated_residual_norm
+from torch_fuse.patterns import _gated_residual_norm_examples, gated_residual_norm, masked_attention
 
 AUTO = Options(kernels="auto", unmeasured=True, on_error="raise")
 
@@ -37,6 +39,28 @@ def spelled(name: str) -> Comparison:
     return compare(Block(spelling).to(spelling.dtype), (make_input(spelling),), options=AUTO, draws=2)
 
 
+def three_layers(x: Tensor, y: Tensor, padding: Tensor) -> list[Tensor]:
+    """Padding alone, then with a causal mask; then other padding in a window. Layers share the range of kept keys."""
+    keep, i, results = (padding != 0)[:, None, None], torch.arange(x.shape[1]), []
+    for layer, mask in enumerate((keep, keep & (i[None] <= i[:, None]), None)):
+        if mask is None:
+            mask = (padding.flip(1) != 0)[:, None, None] & ((i[None] - i[:, None]).abs() < 9)
+        q, k, v = x.unflatten(2, (2, 32)), y[:, :, None], (y * (layer + 1))[:, :, None]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2).flatten(2)
+        results.append(x)
+    return results
+
+
+def padded() -> Comparison:
+    """The interpreter multiplies the bits of bfloat16 as integers."""
+    masked_attention.MIN_LENGTH = {"band": 1, "keys": 1}
+    x, y = (torch.randn(2, 70, n, dtype=torch.float16, requires_grad=True) for n in (64, 32))
+    padding = torch.ones(2, 70, dtype=torch.int64)
+    padding[0, 60:], padding[1, :5], padding[1, 20] = 0, 0, 0
+    return compare(three_layers, (x, y, padding), options=AUTO, draws=1)
+
+
 def main() -> None:
     results = {name: spelled(name) for name in SPELLINGS}
     for name in ("GPTNeoX", "Qwen3", "Wan"):
@@ -48,9 +72,13 @@ def main() -> None:
             torch.float32
         )
         results[name] = compare(model, inputs, options=AUTO, draws=2)
+    results["padded"] = padded()
+    assert results["padded"].fused("masked_attention") == 3, results["padded"].reasons
     told = {
         name: {
-            "fused": max(r.fused(pattern) for pattern in ("norm_qkv_rope_attention", "gated_residual_norm")),
+            "fused": max(
+                r.fused(pattern) for pattern in ("norm_qkv_rope_attention", "gated_residual_norm", "masked_attention")
+            ),
             "problems": r.problems,
             "report": r.reasons,
         }

@@ -70,7 +70,7 @@ def _foldable(node: Node) -> bool:
     call = call_of(node)
     if call is not None:
         return not call.inplace and call.op not in _RANDOM_OR_EMPTY
-    return node.op == "call_function" and node.target is torch.arange
+    return node.op == "call_function" and node.target in (torch.arange, torch.tensor, torch.scalar_tensor)
 
 
 def _on_cpu(arguments: Any) -> Any:

@@ -29,8 +29,9 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "floordiv": lambda a, b: sympy.floor(a / b),
 }
 _LOGIC: dict[str, Callable[..., Any]] = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor}
-# Types that hold every index exactly; smaller ones wrap or round.
-_EXACT = {torch.bool, torch.int32, torch.int64, torch.float32, torch.float64}
+# Up to which number types hold whole numbers exactly; smaller types wrap or round at usual lengths.
+_EXACT = {torch.int32: 2**31, torch.int64: 2**63, torch.float32: 2**24, torch.float64: 2**53}
+_LONGEST = 2**20  # a size that is not known is taken to be at most this
 _CONSTANTS = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
 
 
@@ -47,6 +48,37 @@ def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
 def size_expr(size: Any) -> sympy.Expr:
     """A size as a sympy expression."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _is_exact(element: Any, found: torch.Tensor) -> bool:
+    """Whether a tensor's type holds what its indices say; choices between numbers are not looked at."""
+    if found.dtype == torch.bool or isinstance(element, sympy.Piecewise) or not element.free_symbols & set(DIM):
+        return True
+    if found.dtype not in _EXACT or loads(element):
+        return found.dtype in _EXACT
+    sizes = {DIM[d]: size for d, size in enumerate(found.shape) if isinstance(size, int)}
+    longest = {symbol: sizes.get(symbol, _LONGEST) for symbol in element.free_symbols}
+    terms = (term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(element)))
+    largest = sum(abs(number) * abs(rest.subs(longest)) for number, rest in terms)
+    return bool(largest < _EXACT[found.dtype])
+
+
+def _choice(condition: Any, chosen: Any, other: Any) -> sympy.Piecewise:
+    """`chosen` where a condition holds, else `other`; choices among choices become one."""
+    first = [(x, sympy.And(condition, c)) for x, c in _cases(chosen)]
+    return sympy.Piecewise(*first, *(other.args if isinstance(other, sympy.Piecewise) else [(other, sympy.true)]))
+
+
+def _cases(element: Any) -> list[tuple[Any, Any]]:
+    """Each value with the condition under which it is taken, of which one holds everywhere; zeros, which keep, first.
+
+    What a mask keeps is then the condition of the first value, without that no other one holds.
+    """
+    cases, taken = [], sympy.false
+    for number, condition in element.args if isinstance(element, sympy.Piecewise) else [(element, sympy.true)]:
+        cases.append((number, sympy.And(condition, sympy.Not(taken))))
+        taken = sympy.Or(taken, condition)
+    return sorted(cases, key=lambda case: case[0] != 0)
 
 
 def loads(expr: Any) -> set[AppliedUndef]:
@@ -82,8 +114,7 @@ class IndexTrace(Views):
             self.nodes.add(node)
             try:
                 element = self._element(node, found)
-                indices = element.free_symbols & set(DIM)
-                if found.dtype not in _EXACT and indices and not isinstance(element, sympy.Piecewise):
+                if not _is_exact(element, found):
                     raise Miss(f"the mask is computed with indices in {found.dtype}, which may wrap or round", node)
             except Miss as miss:
                 element = self._load(node, found, miss)
@@ -153,8 +184,10 @@ class IndexTrace(Views):
         raise Miss(f"the mask is computed with {op} of a boolean", node)
 
     def _of_choices(self, node: Node, op: str, a: Any, b: Any) -> Any:
-        """An operator on a choice between numbers, and a number."""
+        """An operator on a choice between numbers, and a number; or the sum of two choices."""
         apply = {**_RELATIONS, **_ARITHMETIC}[op]
+        if op == "add" and isinstance(a, sympy.Piecewise) and isinstance(b, sympy.Piecewise):
+            return self._sum_of_choices(node, a, b)
         chosen, other = (a, b) if isinstance(a, sympy.Piecewise) else (b, a)
         if not other.is_number or any(not number.is_number for number, _ in chosen.args):
             raise Miss(f"the mask is computed with {op} of two choices", node)
@@ -169,6 +202,14 @@ class IndexTrace(Views):
             holds = sympy.Or(holds, sympy.And(condition, sympy.Not(taken), result))
             taken = sympy.Or(taken, condition)
         return holds
+
+    def _sum_of_choices(self, node: Node, a: sympy.Piecewise, b: sympy.Piecewise) -> Any:
+        """A causal mask plus a padding mask; a mask that keeps what both keep has its zeros first."""
+        sums = [(x + y, sympy.And(c, d)) for x, c in _cases(a) for y, d in _cases(b)]
+        if len(sums) > 9 or any(not number.is_number for number, _ in sums):
+            raise Miss("the mask is computed with add of two choices", node)
+        sums.sort(key=lambda case: case[0] != 0)
+        return sympy.Piecewise(*sums[:-1], (sums[-1][0], sympy.true))
 
     # -- sources and views -----------------------------------------------------------------------------------
 
@@ -225,7 +266,7 @@ class IndexTrace(Views):
             return sympy.Or(sympy.And(condition, chosen), sympy.And(sympy.Not(condition), other))
         if is_bool(chosen) or is_bool(other):
             raise Miss("the mask chooses between a boolean and a number", node)
-        return sympy.Piecewise((chosen, condition), (other, True))
+        return _choice(condition, chosen, other)
 
     def _masked_fill(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         condition = self._operand(call["mask"], found)
@@ -233,7 +274,7 @@ class IndexTrace(Views):
         if found.dtype == torch.bool:
             filled = sympy.true if filled not in (0, sympy.false) else sympy.false
             return sympy.Or(sympy.And(condition, filled), sympy.And(sympy.Not(condition), kept))
-        return sympy.Piecewise((filled, condition), (kept, True))
+        return _choice(condition, filled, kept)
 
     def _tril(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         i, j = DIM[found.dim() - 2], DIM[found.dim() - 1]
@@ -244,7 +285,7 @@ class IndexTrace(Views):
         element = self.trace(call["input"])
         if is_bool(element):
             return sympy.And(inside, element)
-        return sympy.Piecewise((element, inside), (sympy.Integer(0), True))
+        return _choice(inside, element, sympy.Integer(0))
 
     _triu = _tril
 

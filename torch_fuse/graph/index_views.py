@@ -125,7 +125,9 @@ class Views:
         return self.trace(call["input"]).subs(by_index, simultaneous=True)
 
     def _sliced(self, part: slice, index: sympy.Symbol, node: Node) -> Any:
-        start, step = value(part.start) or 0, value(part.step) or 1
+        start, step = (
+            value(given) if given is not None else default for given, default in ((part.start, 0), (part.step, 1))
+        )
         if isinstance(start, torch.SymInt) or not isinstance(step, int):
             raise Miss("the mask is sliced from a dynamic start", node)
         if start < 0:

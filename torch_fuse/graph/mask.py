@@ -7,7 +7,7 @@ batch are kept. Masks of other data (packed positions, chunks after padding) hav
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -116,15 +116,16 @@ def match_kept_keys(
         keep = sympy.Not(keep)
     sizes = {DIM[d]: size_expr(size) for d, size in enumerate(found.shape)}
     keep = keep.subs({DIM[d]: sympy.Integer(0) for d, size in enumerate(found.shape) if equal(size, 1)})
-    keys = {"first": sympy.Integer(0)}
-    if known_true(sympy.Ge(sizes[j], sizes[i]), shape_env):
+    keys: dict[str, sympy.Expr] = {"first": sympy.Integer(0)}
+    if equal(found.shape[-2], 1):
+        keys["own"] = j  # one row for all queries: whichever key is a query's own, it is kept if all are
+    elif known_true(sympy.Ge(sizes[j], sizes[i]), shape_env):
         keys["own"] = i
     return frozenset(
         name
         for name, key in keys.items()
         if all(
-            not part.atoms(AppliedUndef) and _truth(part, sizes, shape_env)
-            for part in sympy.And.make_args(keep.subs(j, key))
+            not part.atoms(AppliedUndef) and _truth(part, sizes, shape_env) for part in _conjuncts(keep.subs(j, key))
         )
     )
 
@@ -171,7 +172,7 @@ def _decide(keep: sympy.Basic, found: torch.Tensor, node: Node, shape_env: Shape
     keys: list[sympy.Basic] = []
     bounds: dict[str, list[int]] = {"left": [], "right": []}
     broadcast = {DIM[d]: sympy.Integer(0) for d, size in enumerate(found.shape) if equal(size, 1)}
-    for conjunct in sympy.And.make_args(keep.subs(broadcast)):
+    for conjunct in _conjuncts(keep.subs(broadcast)):
         if conjunct.atoms(AppliedUndef):
             _check_keys(conjunct, rank, trace)
             keys.append(conjunct)
@@ -185,6 +186,18 @@ def _decide(keep: sympy.Basic, found: torch.Tensor, node: Node, shape_env: Shape
     left, right = (min(bounds[side], default=None) for side in ("left", "right"))
     names = {load.func.__name__ for conjunct in keys for load in loads(conjunct)}
     return Mask(left, right, sympy.And(*keys), {name: trace.sources[name] for name in sorted(names)}, rank)
+
+
+def _conjuncts(condition: sympy.Basic) -> Iterator[sympy.Basic]:
+    """Conditions all of which have to hold; that none of several holds is one for each."""
+    if isinstance(condition, sympy.And):
+        for part in condition.args:
+            yield from _conjuncts(part)
+    elif isinstance(condition, sympy.Not) and isinstance(condition.args[0], sympy.Or):
+        for part in condition.args[0].args:
+            yield from _conjuncts(sympy.Not(part))
+    else:
+        yield condition
 
 
 def _check_keys(conjunct: sympy.Basic, rank: int, trace: IndexTrace) -> None:

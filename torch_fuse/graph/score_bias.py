@@ -105,6 +105,8 @@ def _is_zero_or_one(node: Any) -> bool:
 def _in_dtype(number: float, node: Node) -> float:
     found = tensor(node)
     assert found is not None
+    if found.dtype == torch.bool:
+        return float(bool(number))
     if not found.dtype.is_floating_point:
         return number
     return float(torch.tensor(number, dtype=torch.float64).to(found.dtype))
@@ -114,18 +116,21 @@ def is_moderate(node: Any, order: Order, before: Node, depth: int = 40) -> bool:
     """Whether a bias is made of moderate numbers only, so that no row of it excludes every key.
 
     Parameters, what layers compute from data, and integers (positions) are taken to be moderate; a floating-point
-    input is not: it may hold -inf.
+    input is not: it may hold -inf. Whether something is written in place: see `read_by_proofs`.
     """
     if isinstance(node, (bool, int, float)):
         return abs(node) <= MODERATE
     found = tensor(node)
     if found is None:
         return isinstance(value(node), torch.SymInt)
-    if not found.dtype.is_floating_point:
-        return True
+    number = constant(node)
+    if number is not None:
+        return abs(number) <= MODERATE
+    call = call_of(node)
+    if not found.dtype.is_floating_point and (call is None or call.op not in _VIEWS | _ARITHMETIC):
+        return call is None or not call.inplace
     if node.op in ("placeholder", "get_attr"):
         return isinstance(found, torch.nn.Parameter) or found.requires_grad
-    call = call_of(node)
     if call is None:
         looked_up = node.target is F.embedding and len(node.args) > 1
         return looked_up and is_moderate(node.args[1], order, before, depth - 1)
@@ -141,6 +146,21 @@ def is_moderate(node: Any, order: Order, before: Node, depth: int = 40) -> bool:
         return all(is_moderate(x, order, before, depth - 1) for x in _numbers(call))
     folded = fold_constant(node, order, before)
     return folded is not None and bool((folded.abs() <= MODERATE).all())
+
+
+def read_by_proofs(node: Any) -> set[Node]:
+    """All tensors that `constant`, `excluded_value` and `is_moderate` look at: nothing may be written to them."""
+    seen: set[Node] = set()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if not isinstance(current, Node) or tensor(current) is None or current in seen:
+            continue
+        seen.add(current)
+        call = call_of(current)
+        if call is not None and call.op in _VIEWS | _ARITHMETIC | {"div", "full", "full_like", "new_full"}:
+            pending += _numbers(call)
+    return seen
 
 
 def _numbers(call: Call) -> list[Any]:

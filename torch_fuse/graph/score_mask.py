@@ -19,7 +19,7 @@ from torch_fuse.graph.effects import Order
 from torch_fuse.graph.mask import match_kept_keys
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.norm import strip_casts
-from torch_fuse.graph.score_bias import EXCLUDING, MODERATE, excluded_value, is_moderate
+from torch_fuse.graph.score_bias import EXCLUDING, MODERATE, excluded_value, is_moderate, read_by_proofs
 from torch_fuse.graph.score_walk import Fill, Term
 from torch_fuse.graph.values import tensor
 from torch_fuse.graph.written_attention import WrittenOut
@@ -58,6 +58,8 @@ def plan_mask(written: WrittenOut, order: Order, shape_env: ShapeEnv | None) -> 
     """
     out, before = tensor(written.node), written.node
     assert out is not None
+    for looked_at in (*(term.node for term in written.terms), *(fill.number for fill in written.fills)):
+        order.check_unwritten(read_by_proofs(looked_at), order.index[before])
     kept: list[frozenset[str]] = []  # for each mask, the keys that it is proven to keep for every query
     terms, excluding = [], []
     for term in written.terms:
@@ -144,7 +146,7 @@ def _moderate(term: Term, order: Order, written: WrittenOut) -> Term:
     if low is None and not is_moderate(term.node, order, written.node):
         raise Miss(f"whether {name} excludes every key of a row is not known", term.node)
     node = term.node
-    if found.dtype.itemsize > out.dtype.itemsize:
+    if torch.promote_types(found.dtype, out.dtype) != out.dtype:
         node = _narrowed(node, out.dtype)
     if term.factors and _wider(written):
         raise Miss(f"the bias is scaled in a wider dtype than {out.dtype}", term.node)

@@ -50,6 +50,7 @@ class Fill:
         mask: boolean, broadcastable to the scores.
         inverted: True in the mask means that the score is replaced (`masked_fill`), not that it is kept (`where`).
         value: the number, below zero.
+        number: the number as the graph has it, maybe a constant tensor.
         rank: number of dimensions of the scores.
         terms_after: number of terms that are added later (those are first in the list of terms).
     """
@@ -57,6 +58,7 @@ class Fill:
     mask: Node
     inverted: bool
     value: float
+    number: Any
     rank: int
     terms_after: int
 
@@ -99,7 +101,8 @@ def weights_of(node: Any, walk: Walk) -> tuple[Walk, Product] | None:
             return _scores(call["input"], walk.over(node, softmax=node, refusal=walk.refuse(_autocast(node, call))))
         source = call.args.get("input")
         if call.op == "dropout":
-            walk = walk.over(node, dropout_p=call["p"] if call["training"] else walk.dropout_p)
+            drops = call["training"] is not False and walk.dropout_p == 0
+            walk = walk.over(node, dropout_p=call["p"] if drops else walk.dropout_p)
         elif call.op == "getitem" and _drops_last_column(call["index"]):
             walk = walk.over(node, refusal=walk.refuse("attention sinks: a column of the weights is dropped"))
         elif _is_view(call, node):
@@ -247,7 +250,7 @@ def _filled(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Wa
         mask_value = tensor(mask)
         if mask_value is None or mask_value.dtype != torch.bool:
             continue
-        fill = Fill(mask, inverted, number, found.dim(), len(walk.terms))
+        fill = Fill(mask, inverted, number, filled, found.dim(), len(walk.terms))
         refusal = walk.refuse("the scores are scaled after masking" if walk.factors else "")
         further = _scores(scores, walk.over(node, fills=(*walk.fills, fill), refusal=refusal))
         if further is not None:

@@ -17,7 +17,7 @@ from torch_fuse.graph.calls import Call, call_of
 from torch_fuse.graph.linear import transposed_source
 from torch_fuse.graph.product import Operand, Product, match_product
 from torch_fuse.graph.score_walk import Factor, Fill, Term, Walk, alike, weights_of
-from torch_fuse.graph.values import same_shape, tensor, value
+from torch_fuse.graph.values import equal, same_shape, tensor, value
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,9 @@ def batch_sizes(written: WrittenOut) -> tuple[Any, Any] | None:
     if any(len(shape) > 2 for shape in shapes):
         return None
     if written.heads is None:
-        return 1, written.query.sizes()[0]
+        count = written.query.sizes()[0]
+        known = all(equal(shape[0], count) or equal(shape[0], 1) for shape in shapes[: len(products)])
+        return (1, count) if known else None
     merged = (written.heads[0] * written.heads[1],)
     for shape in shapes[len(products) :]:
         if not same_shape(shape, written.heads if len(shape) == 2 else merged):
