@@ -178,7 +178,8 @@ class _Keys:
     key: Node
     builder: Builder
 
-    def emit(self, condition: sympy.Basic) -> Node:
+    def emit(self, condition: Any) -> Node:
+        """The sympy condition in PyTorch's operators."""
         shared = self.builder.shared
         if isinstance(condition, tuple(_JOINS)):
             join = _JOINS[type(condition)]
@@ -202,12 +203,12 @@ class _Keys:
         source = self.mask.sources[load.func.__name__]
         found = tensor(source)
         assert found is not None
-        index = tuple(
+        index: tuple[Any, ...] = tuple(
             int(at) if at.is_Integer else self._all_or_first(size, at)
             for at, size in zip(load.args, found.shape, strict=True)
         )
         if sum(isinstance(at, slice) for at in index) == 1:
-            index = (None, *index)  # type: ignore[assignment]
+            index = (None, *index)
         values = source if index == (slice(None),) * 2 else self.builder.shared(operator.getitem, source, index)
         device = tensor(self.query).device  # type: ignore[union-attr]
         return values if found.device == device else self.builder.shared("to", values, device)

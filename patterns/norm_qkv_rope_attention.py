@@ -77,11 +77,11 @@ class NormQkvRopeAttention(Pattern):
         note = _describe(query)
         if not in_place:
             return Match(anchor, bindings, replaced, frozenset(region), inputs, note)
-        parts = {part.node for projection in in_place for part in projection.parts}
+        parts = frozenset(part.node for projection in in_place for part in projection.parts)
         region = parts.union(*(projection.nodes for projection in in_place))
         replaced = tuple(sorted(parts, key=view.order.index.__getitem__))
         op = "torch_fuse::partial_rope"
-        return Match(anchor, bindings, replaced, frozenset(region), inputs, f"{note}, where they lie", op)
+        return Match(anchor, bindings, replaced, region, inputs, f"{note}, where they lie", op)
 
     def check(self, match: Match, options: Options) -> str | None:
         query, key = match.bindings["query"], match.bindings["key"]

@@ -95,7 +95,7 @@ def _is_call(node: Node) -> bool:
 
 
 def _takes(node: Node, index: int) -> bool:
-    return node.op == "call_function" and node.target is operator.getitem and node.args[1] == index
+    return node.op == "call_function" and node.target is operator.getitem and bool(node.args[1] == index)
 
 
 # -- examples ------------------------------------------------------------------------------------------------------
