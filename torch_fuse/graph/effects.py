@@ -99,6 +99,32 @@ def switches_mode(node: Node) -> bool:
     }  # fmt: skip
 
 
+# What opens a function transform in a graph, and its name for users; "decrement" or "exit" closes it.
+_TRANSFORMS = {
+    "_jvp_increment_nesting": "torch.func.jvp", "_enter_dual_level": "forward-mode differentiation",
+    "_grad_increment_nesting": "torch.func.grad", "_vmap_increment_nesting": "torch.vmap",
+}  # fmt: skip
+_ENDS = {name.replace("increment", "decrement").replace("enter", "exit") for name in _TRANSFORMS}
+
+
+def transforms(nodes: Iterable[Node]) -> dict[Node, str]:
+    """The innermost function transform around each node that is computed in one.
+
+    Custom ops have no rules for them: torch gives a forward-mode derivative of zero, without a word.
+    """
+    around: list[str] = []
+    found: dict[Node, str] = {}
+    for node in nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name in _TRANSFORMS:
+            around.append(_TRANSFORMS[name])
+        elif name in _ENDS and around:
+            around.pop()
+        elif around:
+            found[node] = around[-1]
+    return found
+
+
 # Views that may be computed earlier than the graph does.
 _HOISTABLE = {"getitem", "select", "narrow", "chunk", "split", "unbind", "view", "unflatten", "transpose", "permute",
               "unsqueeze"}  # fmt: skip

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from torch_fuse.graph.effects import is_hoistable
+from torch_fuse.graph.effects import is_hoistable, transforms
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import describe_shape, location, tensor, value
 from torch_fuse.options import Options
@@ -126,6 +126,7 @@ def _assembled(backups: list[tuple[GraphModule, GraphModule]]) -> GraphModule:
 def _modules(gm: GraphModule, refusal: str = "") -> Iterator[tuple[GraphModule, str]]:
     """A graph module and its child graphs, each with the reason why it may not be rewritten, or ""."""
     yield gm, refusal
+    transformed = transforms(gm.graph.nodes)
     for node in gm.graph.nodes:
         if node.op != "get_attr":
             continue
@@ -137,7 +138,13 @@ def _modules(gm: GraphModule, refusal: str = "") -> Iterator[tuple[GraphModule, 
             for user in node.users
         }
         closed = sorted(names - _OPEN_REGIONS)
-        yield from _modules(child, refusal or (f"inside {closed[0]}, whose body is fixed" if closed else ""))
+        own = f"inside {closed[0]}, whose body is fixed" if closed else ""
+        inside = next((transformed[user] for user in node.users if user in transformed), "")
+        yield from _modules(child, refusal or own or (_inside_transform(inside) if inside else ""))
+
+
+def _inside_transform(name: str) -> str:
+    return f"inside {name}, for which fused ops have no rule"
 
 
 def _rewrite_module(module: GraphModule, inner: bool, refusal: str, run: _Run) -> None:
@@ -158,6 +165,7 @@ def _rewrite_module(module: GraphModule, inner: bool, refusal: str, run: _Run) -
 
 def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, look: Callable[[], GraphView]) -> None:
     view = look()
+    transformed = transforms(view.nodes)
     stale: set[Node] = set()
     for anchor in list(pattern.anchors(view)):
         if anchor in stale:
@@ -174,7 +182,8 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, look:
                 match = pattern.match(view, anchor)
                 assert match is not None
             at = _insertion_point(view, match)
-            kept = _kept(pattern, match, refusal, run)
+            inside = transformed.get(anchor)
+            kept = _kept(pattern, match, refusal or (_inside_transform(inside) if inside else ""), run)
             if kept is not None:
                 _record(run, pattern, anchor, "kept", kept)
                 continue
