@@ -15,6 +15,7 @@ from torch.fx import Node
 from torch_fuse.graph.attention import Attention, expanded_heads
 from torch_fuse.graph.cache import appended
 from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.effects import is_hoistable
 from torch_fuse.graph.heads import Axes, Heads, match_heads
 from torch_fuse.graph.lane_slice import match_slice
 from torch_fuse.graph.linear import match_linear
@@ -56,7 +57,7 @@ def match_in_place(query: Heads, key: Heads, attention: Attention, view: GraphVi
         return tuple(p for p in found if p is not None) if None not in found else ()
     parts, nodes = [_part(query), _part(key)], query.nodes | key.nodes
     value = _value(query, attention, view)
-    if value is not None:
+    if value is not None and not _read_early(value, (query, key)):
         parts.append(value[0])
         nodes |= value[1]
     starts = sorted(part.offset for part in parts)
@@ -87,9 +88,24 @@ def _value(query: Heads, attention: Attention, view: GraphView) -> tuple[Part, f
         found = match_slice(heads.source, view.order, query.source)
     except Miss:
         return None
-    if found is None or heads.axes != query.axes or heads.head_dim != query.head_dim:
+    if found is None or heads.views or heads.axes != query.axes or heads.head_dim != query.head_dim:
         return None
     return Part(heads.source, heads.axes, found[0], False), found[1]
+
+
+def _read_early(value: tuple[Part, frozenset[Node]], rotated: tuple[Heads, Heads]) -> bool:
+    """Whether the values are read before the tables are computed: then they cannot wait for the rotation."""
+    part, nodes = value
+    first = min((user for user in part.node.users if user not in nodes), default=None)
+    pending = [table for heads in rotated if heads.rope is not None for table in (heads.rope.cos, heads.rope.sin)]
+    while pending and first is not None:
+        node = pending.pop()
+        if node < first:
+            continue
+        if not is_hoistable(node):
+            return True
+        pending += node.all_input_nodes
+    return False
 
 
 def _projection(heads: Heads, parts: list[Part], nodes: frozenset[Node]) -> Projection | None:

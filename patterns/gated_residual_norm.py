@@ -55,10 +55,10 @@ class GatedResidualNorm(Pattern):
         norm = match_norm(anchor)
         if norm is None or (shape := tensor(norm.input)) is None or shape.dim() not in (2, 3):
             return None
-        results = match_results(norm)
+        total = match_sum(norm)
+        results = match_results(norm, total)
         if not results or anchor is not results[0].norm.node:
             return None  # a part of a longer spelling, or the second norm of a sum
-        total = match_sum(norm)
         if not total.terms and len(results) == 1 and results[0].modulation is None:
             return None
         if norm.eps is None:

@@ -169,14 +169,22 @@ def _check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
         raise Miss("query and key have different dtypes", key.result)
     if tensor(query.source).dtype != tensor(key.source).dtype:  # type: ignore[union-attr]
         raise Miss("query and key are projected to different dtypes", key.result)
-    if tensor(query.source).dtype != torch.float64 and torch.float64 in _dtypes(query.result, q.cos, q.sin):  # type: ignore[union-attr]
+    if tensor(query.source).dtype != torch.float64 and (_in_float64(query) or _in_float64(key)):  # type: ignore[union-attr]
         raise Kept("it is computed in float64 from lower precision, which no kernel does", query.result)
     _check_table_axes(q.cos, query)
     _check_table_axes(q.sin, query)
 
 
-def _dtypes(*nodes: Node) -> list[torch.dtype]:
-    return [tensor(node).dtype.to_real() for node in nodes]  # type: ignore[union-attr]
+def _in_float64(heads: Heads) -> bool:
+    """Whether a step from the source to the result is computed in float64; a table that is rounded first is not."""
+    pending, reached = [heads.source], {heads.result}
+    while pending:
+        for user in pending.pop().users:
+            if user not in reached and user < heads.result:
+                reached.add(user)
+                pending.append(user)
+    steps = [tensor(node) for node in (heads.nodes & reached) | {heads.result}]
+    return any(step is not None and step.dtype.to_real() == torch.float64 for step in steps)
 
 
 def _same_norm(query: Heads, key: Heads) -> bool:
@@ -265,12 +273,12 @@ def _emit_table(table: Node, sign: int, heads: Heads, builder: Builder) -> Node:
     """sign * table as [B or 1, S, lanes]; a complex one with real and imaginary parts next to each other."""
     found = tensor(table)
     assert found is not None
-    call, node, dims = call_of(table), table, found.dim()
-    if call is not None and call.op == "unsqueeze" and dims == 4 and call["dim"] % 4 == heads.axes[1]:
-        node, dims = call["input"], 3
+    call, dims = call_of(table), found.dim()
+    without_heads = call is not None and call.op == "unsqueeze" and dims == 4 and call["dim"] % 4 == heads.axes[1]
+    node = call["input"] if call is not None and without_heads else table
     if found.is_complex():
         node = builder.shared("flatten", builder.shared(torch.view_as_real, node), -2)
-    if node is table or dims == 4:
+    if not without_heads:
         for _ in range(4 - dims):
             node = builder.shared("unsqueeze", node, 0)
         node = builder.shared("select", node, heads.axes[1], 0)

@@ -91,6 +91,26 @@ def test_a_sum_that_is_written_to_after_the_norm_keeps_its_values() -> None:
     assert not compare(model, inputs, grad=False).problems
 
 
+@pytest.mark.parametrize(
+    "tail",
+    [
+        lambda m, r, h: h * (1 + m.w1) + r,
+        lambda m, r, h: h * (1 + r),
+        lambda m, r, h: h * (1 + m.two(r)) + m.b1,
+        lambda m, r, h: torch.addcmul(r.sin(), h, 1 + m.w1),
+    ],
+)
+def test_a_modulation_by_the_sum_itself_stays_behind_the_norm(tail) -> None:
+    def body(m, x, _):
+        r = x + m.one(x)
+        return r + m.left(tail(m, r, m.bare(r)))
+
+    model, inputs = examples._example(body, True).make(torch.float32)
+    result = compare(model, inputs, draws=2)
+    assert not result.problems
+    assert [site.reason for site in result.report.sites if site.status == "fused"] == ["one term, 1 x LayerNorm"]
+
+
 class Block(nn.Module):
     """One linear layer's result on a stream, then norm and another linear layer; wide enough for the kernel."""
 

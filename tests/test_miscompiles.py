@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from harness import Comparison, Rewriter, compare, rewritten
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 PATTERN = "norm_qkv_rope_attention"
@@ -566,6 +567,35 @@ def test_function_transforms_inside_the_graph_agree(transform: str) -> None:
         return torch.vmap(lambda x, y, z: weighted(x, y, z, cos, sin))(*pairs)
 
     agrees(model, grad=transform == "vmap", strides=transform != "grad")  # of gradients no strides are promised
+
+
+@pytest.mark.parametrize("transform", ["jvp", "dual", "grad", "jvp of a checkpoint"])
+def test_nothing_is_fused_inside_a_function_transform(transform: str) -> None:
+    """A custom op without a rule for it has a forward-mode derivative of zero, and torch does not complain."""
+
+    def block(q, k, v, cos, sin):
+        q, k = rope(heads_first(q), cos, sin), rope(heads_first(k), cos, sin)
+        return (torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ heads_first(v)).sum()
+
+    def model(q, k, v, cos, sin):
+        q, k, v = (x.detach() for x in (q, k, v))
+
+        def one(x):
+            if transform == "jvp of a checkpoint":
+                return checkpoint(block, x, k, v, cos, sin, use_reentrant=False)
+            return block(x, k, v, cos, sin)
+
+        if transform == "grad":
+            return torch.func.grad(one)(q)
+        if transform == "dual":
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(one(forward_ad.make_dual(q, torch.ones_like(q)))).tangent
+        return torch.func.jvp(one, (q,), (torch.ones_like(q),))
+
+    result = agrees(model, grad=False, strides=False, executor="eager")
+    fitting = [site for site in result.report.sites if site.pattern == PATTERN]
+    assert fitting and all("for which fused ops have no rule" in site.reason for site in fitting)
+    assert "fused" not in {site.status for site in result.report.sites}
 
 
 # -- random numbers, masks -------------------------------------------------------------------------------------------

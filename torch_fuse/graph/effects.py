@@ -99,6 +99,43 @@ def switches_mode(node: Node) -> bool:
     }  # fmt: skip
 
 
+# What opens a function transform in a graph, and its name for users; "decrement" or "exit" closes it.
+_TRANSFORMS = {
+    "_jvp_increment_nesting": "torch.func.jvp", "_enter_dual_level": "forward-mode differentiation",
+    "_grad_increment_nesting": "torch.func.grad", "_vmap_increment_nesting": "torch.vmap",
+}  # fmt: skip
+_ENDS = {name.replace("increment", "decrement").replace("enter", "exit") for name in _TRANSFORMS}
+
+
+def transforms(nodes: Iterable[Node]) -> dict[Node, str]:
+    """The innermost function transform around each node that is computed in one.
+
+    Custom ops have no rules for them: torch gives a forward-mode derivative of zero, without a word.
+    """
+    around: list[str] = []
+    found: dict[Node, str] = {}
+    for node in nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name in _TRANSFORMS:
+            around.append(_TRANSFORMS[name])
+        elif name in _ENDS and around:
+            around.pop()
+        elif around:
+            found[node] = around[-1]
+    return found
+
+
+# Views that may be computed earlier than the graph does.
+_HOISTABLE = {"getitem", "select", "narrow", "chunk", "split", "unbind", "view", "unflatten", "transpose", "permute",
+              "unsqueeze"}  # fmt: skip
+
+
+def is_hoistable(node: Node) -> bool:
+    """Whether a node is a view that costs nothing wherever it is computed."""
+    call = call_of(node)
+    return call is not None and not call.inplace and call.op in _HOISTABLE
+
+
 def _idle_autocasts(nodes: Iterable[Node]) -> set[Node]:
     """Where autocast is turned off and back although it is off; Dynamo guards on its state around the graph."""
     idle: set[Node] = set()
@@ -125,10 +162,11 @@ class Order:
 
     Args:
         graph: the graph.
+        inner: another graph calls it, which may have turned autocast on.
         writes: whether nodes write to something, as earlier orders of the same graph have found; added to.
     """
 
-    def __init__(self, graph: Graph, writes: dict[Node, bool] | None = None) -> None:
+    def __init__(self, graph: Graph, inner: bool = False, writes: dict[Node, bool] | None = None) -> None:
         self.nodes = list(graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         known = {} if writes is None else writes
@@ -136,7 +174,7 @@ class Order:
             if node not in known:
                 known[node] = bool(mutated(node))
         self.writers = [node for node in self.nodes if known[node]]
-        idle = _idle_autocasts(self.nodes)
+        idle = set[Node]() if inner else _idle_autocasts(self.nodes)
         self.switches = [node for node in self.nodes if switches_mode(node) and node not in idle]
         self._storages: dict[Node, set[StorageWeakRef]] = {}
 

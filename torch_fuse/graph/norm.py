@@ -208,11 +208,12 @@ def _centred(node: Any, nodes: set[Node]) -> Any:
     call = call_of(node)
     if call is None or call.op != "sub" or call["alpha"] != 1 or call.inplace:
         return None
-    source = strip_casts(call["input"], nodes)
-    averaged = _mean(call["other"], nodes)
-    if averaged is None or strip_casts(averaged, nodes) is not source:
+    steps = {node}
+    source = strip_casts(call["input"], steps)
+    averaged = _mean(call["other"], steps)
+    if averaged is None or strip_casts(averaged, steps) is not source:
         return None
-    nodes.add(node)
+    nodes |= steps
     return source
 
 

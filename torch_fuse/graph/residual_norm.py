@@ -46,8 +46,13 @@ class Result:
     nodes: frozenset[Node]
 
 
-def match_results(norm: Norm) -> list[Result]:
-    """The norms of the same values as `norm` that one call can compute: one with its modulation, or two."""
+def match_results(norm: Norm, total: Sum) -> list[Result]:
+    """The norms of the same values as `norm` that one call can compute: one with its modulation, or two.
+
+    Args:
+        norm: the first of them.
+        total: what it reads, as `match_sum` has it.
+    """
     same = [
         found
         for found in norms_of(norm.input)
@@ -55,7 +60,7 @@ def match_results(norm: Norm) -> list[Result]:
         and _stream(found) is _stream(norm)
         and all(v is None or tensor(v).dim() == 1 for v in (found.weight, found.bias))  # type: ignore[union-attr]
     ]
-    results = [_result(found) for found in same]
+    results = [_result(found, total) for found in same]
     if not results:
         return []
     first = results[0]
@@ -66,18 +71,33 @@ def match_results(norm: Norm) -> list[Result]:
     return [result for result in results if result.norm.node is norm.node]
 
 
-def _result(norm: Norm) -> Result:
+def _result(norm: Norm, total: Sum) -> Result:
     modulation = match_modulation(norm.node)
-    if modulation is not None and not all(
-        factor is None or _is_factor(factor, norm.node, lanes=True) for factor in (modulation.scale, modulation.shift)
-    ):
-        modulation = None
+    if modulation is not None:
+        factors = [factor for factor in (modulation.scale, modulation.shift) if factor is not None]
+        fits = all(_is_factor(factor, norm.node, lanes=True) for factor in factors)
+        # one call cannot compute the sum and read what is computed of it
+        if not fits or (total.terms and any(_depends(factor, norm.input) for factor in factors)):
+            modulation = None
     node = norm.node if modulation is None else modulation.node
     nodes = set(norm.nodes) | (set() if modulation is None else set(modulation.nodes))
     while (cast := only_cast(node)) is not None and tensor(cast).dtype.itemsize <= tensor(node).dtype.itemsize:  # type: ignore[union-attr]
         node = cast
         nodes.add(cast)
     return Result(node, norm, modulation, frozenset(nodes))
+
+
+def _depends(node: Node, on: Node) -> bool:
+    """Whether a value is computed of another, or is it."""
+    pending, seen = [node], set[Node]()
+    while pending:
+        current = pending.pop()
+        if current is on:
+            return True
+        if current not in seen and on < current:
+            seen.add(current)
+            pending += current.all_input_nodes
+    return False
 
 
 def _stream(norm: Norm) -> Node:

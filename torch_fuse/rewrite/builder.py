@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node, map_arg
 
 from torch_fuse._compat import FakeTensorMode, no_guards, op_overload
+from torch_fuse.graph.effects import mutated
 from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.values import equal, same_shape, tensor, value
+from torch_fuse.graph.values import equal, same_shape, storages, tensor, value
 
 
 class Builder:
-    """Inserts calls before one node of a graph."""
+    """Inserts calls before one node of a graph.
 
-    def __init__(self, gm: GraphModule, before: Node, mode: FakeTensorMode | None, source: Node) -> None:
+    Args:
+        gm: the graph module.
+        before: the node.
+        mode: the graph's fake mode.
+        source: the node whose place in the user's source the calls get.
+        writers: the graph's nodes that write to something in place.
+    """
+
+    def __init__(
+        self, gm: GraphModule, before: Node, mode: FakeTensorMode | None, source: Node, writers: Sequence[Node] = ()
+    ) -> None:
         self.gm = gm
         self.nodes: list[Node] = []
         self._before = before
         self._mode = mode
+        self._writers = writers
         self._stack_trace = source.stack_trace
 
     def call(self, target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Node:
@@ -52,11 +64,17 @@ class Builder:
         source = next(arg for arg in args if isinstance(arg, Node))
         for node in source.users:
             same = node.meta.get("torch_fuse_shared") and (node.target, node.args) == (wanted, args)
-            if same and node < self._before:
+            if same and node < self._before and not self._written_since(source, node):
                 return node
         node = self.call(target, *args)
         node.meta["torch_fuse_shared"] = True
         return node
+
+    def _written_since(self, source: Node, node: Node) -> bool:
+        """Whether `source` is written to between `node` and here, which no copy would show."""
+        read = storages(source)
+        since = (writer for writer in self._writers if node < writer < self._before)
+        return any(read & storages(target) for writer in since for target in mutated(writer))
 
     def discard(self) -> None:
         """Takes all emitted nodes back."""

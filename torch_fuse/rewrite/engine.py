@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.effects import is_hoistable, transforms
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import describe_shape, location, tensor, value
 from torch_fuse.options import Options
@@ -37,8 +38,6 @@ _UNCLAIMED: dict[str, tuple[Status, str]] = {
     "combine": ("kept", "Inductor fuses the sum into one kernel; no registered fusion takes it further"),
     "dequant": ("missed", "no registered fusion for a weight that is dequantised in the graph"),
 }
-# Views that may be computed earlier than the graph does.
-_HOISTED = {"getitem", "select", "narrow", "chunk", "split", "unbind", "view", "unflatten", "transpose", "permute"}
 # Child graphs whose bodies are differentiated and compiled like the outer graph.
 _OPEN_REGIONS = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "cond", "invoke_subgraph"}
 
@@ -88,7 +87,7 @@ def rewrite(gm: GraphModule, options: Options, patterns: dict[str, Pattern]) -> 
     backups = [(module, _copy(module)) for module, _ in _modules(gm)]
     try:
         for module, refusal in list(_modules(gm)):
-            _rewrite_module(module, refusal, run)
+            _rewrite_module(module, module is not gm, refusal, run)
     except Exception:
         for module, backup in backups:
             module.graph = backup.graph
@@ -127,6 +126,7 @@ def _assembled(backups: list[tuple[GraphModule, GraphModule]]) -> GraphModule:
 def _modules(gm: GraphModule, refusal: str = "") -> Iterator[tuple[GraphModule, str]]:
     """A graph module and its child graphs, each with the reason why it may not be rewritten, or ""."""
     yield gm, refusal
+    transformed = transforms(gm.graph.nodes)
     for node in gm.graph.nodes:
         if node.op != "get_attr":
             continue
@@ -138,15 +138,21 @@ def _modules(gm: GraphModule, refusal: str = "") -> Iterator[tuple[GraphModule, 
             for user in node.users
         }
         closed = sorted(names - _OPEN_REGIONS)
-        yield from _modules(child, refusal or (f"inside {closed[0]}, whose body is fixed" if closed else ""))
+        own = f"inside {closed[0]}, whose body is fixed" if closed else ""
+        inside = next((transformed[user] for user in node.users if user in transformed), "")
+        yield from _modules(child, refusal or own or (_inside_transform(inside) if inside else ""))
 
 
-def _rewrite_module(module: GraphModule, refusal: str, run: _Run) -> None:
+def _inside_transform(name: str) -> str:
+    return f"inside {name}, for which fused ops have no rule"
+
+
+def _rewrite_module(module: GraphModule, inner: bool, refusal: str, run: _Run) -> None:
     before = run.report.rewrites
-    writes: dict[Node, bool] = {}
+    look = partial(GraphView, module, inner=inner, writes={})
     for pattern in run.patterns.values():
-        _apply(module, pattern, refusal, run, writes)
-    view = GraphView(module, writes)
+        _apply(module, pattern, refusal, run, look)
+    view = look()
     for kind in KINDS:
         for node in view.candidates(kind):
             if (kind, node.name) not in run.claimed:
@@ -157,8 +163,9 @@ def _rewrite_module(module: GraphModule, refusal: str, run: _Run) -> None:
         module.recompile()
 
 
-def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, writes: dict[Node, bool]) -> None:
-    view = GraphView(module, writes)
+def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, look: Callable[[], GraphView]) -> None:
+    view = look()
+    transformed = transforms(view.nodes)
     stale: set[Node] = set()
     for anchor in list(pattern.anchors(view)):
         if anchor in stale:
@@ -166,16 +173,17 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, write
         try:
             match = pattern.match(view, anchor)
             if match is not None and _outdated(view, match, stale):
-                view, stale = GraphView(module, writes), set()
+                view, stale = look(), set()
                 match = pattern.match(view, anchor)
             if match is None:
                 continue
             if _hoist_views(view, match):
-                view, stale = GraphView(module), set()
+                view, stale = look(), set()
                 match = pattern.match(view, anchor)
                 assert match is not None
             at = _insertion_point(view, match)
-            kept = _kept(pattern, match, refusal, run)
+            inside = transformed.get(anchor)
+            kept = _kept(pattern, match, refusal or (_inside_transform(inside) if inside else ""), run)
             if kept is not None:
                 _record(run, pattern, anchor, "kept", kept)
                 continue
@@ -215,8 +223,7 @@ def _hoist_views(view: GraphView, match: Match) -> bool:
         node = pending.pop()
         if order.index[node] < at or node in late:
             continue
-        call = call_of(node)
-        if call is None or call.inplace or call.op not in _HOISTED:
+        if not is_hoistable(node):
             return False
         late.add(node)
         pending += node.all_input_nodes
@@ -263,7 +270,7 @@ def _kept(pattern: Pattern, match: Match, refusal: str, run: _Run) -> str | None
 
 def _replace(module: GraphModule, view: GraphView, pattern: Pattern, match: Match, at: int, run: _Run) -> set[Node]:
     """Emits the replacement, or reports why not; returns the nodes that are no longer what they were."""
-    builder = Builder(module, view.order.nodes[at], view.fake_mode, match.anchor)
+    builder = Builder(module, view.order.nodes[at], view.fake_mode, match.anchor, view.order.writers)
     try:
         changed = pattern.rewrite(match, builder, run.options)
         for old, new in changed.items():

@@ -36,11 +36,13 @@ class GraphView:
 
     Args:
         gm: the graph module.
+        inner: it is called by another graph.
         writes: what earlier views of it have found of its nodes' mutations; added to.
     """
 
-    def __init__(self, gm: GraphModule, writes: dict[Node, bool] | None = None) -> None:
+    def __init__(self, gm: GraphModule, inner: bool = False, writes: dict[Node, bool] | None = None) -> None:
         self.gm = gm
+        self._inner = inner
         self._writes = writes
         self.nodes = list(gm.graph.nodes)
         self._masks: dict[Node, Mask | Miss] = {}
@@ -48,7 +50,7 @@ class GraphView:
     @cached_property
     def order(self) -> Order:
         """Positions, mutations and mode switches."""
-        return Order(self.gm.graph, self._writes)
+        return Order(self.gm.graph, self._inner, self._writes)
 
     @cached_property
     def fake_mode(self) -> FakeTensorMode | None:
