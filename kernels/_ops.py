@@ -52,6 +52,14 @@ def define_op(name: str, fn: Callable[..., Any]) -> Any:
     return torch.library.custom_op(name, fn, mutates_args=())
 
 
+def define_mutating_op(name: str, fn: Callable[..., Any], mutates: tuple[str, ...]) -> Any:
+    """Registers `fn`, which writes to the arguments named in `mutates`, as the opaque op `name`.
+
+    Inductor calls it without a copy of what it writes to, also when that is an input of the graph.
+    """
+    return torch.library.custom_op(name, fn, mutates_args=mutates)
+
+
 def no_triton(x: Tensor) -> str | None:
     """Why Triton cannot compute on `x`'s device, or None if it can."""
     if not HAS_TRITON:
