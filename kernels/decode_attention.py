@@ -271,7 +271,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
     s0, s1, s2 = sin_lanes if rotary_dim else (0, 0, 0)
     m_b, m_h, m_s, m_n = (0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True))
     common = {"KV_HEADS": kv_heads, "GROUP": group, "Q": queries, "D": dim, "DP": max(pow2(dim), 16),
-              "COUNTED": length is not None, "SPLITS": splits, "num_warps": NUM_WARPS}  # fmt: skip
+              "COUNTED": length is not None, "SPLITS": splits,
+              "num_warps": NUM_WARPS if rows <= 16 else 2 * NUM_WARPS}  # fmt: skip
     with on_device_of(q):
         _split_kernel[(pairs, splits)](
             q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], q if cos is None else cos, *table_strides(cos),
