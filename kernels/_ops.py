@@ -52,10 +52,12 @@ def define_op(name: str, fn: Callable[..., Any]) -> Any:
     return torch.library.custom_op(name, fn, mutates_args=())
 
 
-def define_mutating_op(name: str, fn: Callable[..., Any], mutates: tuple[str, ...]) -> Any:
-    """Registers `fn`, which writes to the arguments named in `mutates`, as the opaque op `name`.
+def define_opaque_op(name: str, fn: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
+    """Registers `fn`, which writes to the arguments named in `mutates`, as the op `name` that Inductor only calls.
 
-    Inductor calls it without a copy of what it writes to, also when that is an input of the graph.
+    It does so without a copy of what is written to, also when that is an input of the graph. But what the graph has
+    computed of the old value may be computed after the call, from the new one: let nothing else read the argument
+    before the op does.
     """
     return torch.library.custom_op(name, fn, mutates_args=mutates)
 

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._ops import INTERPRETED, define_mutating_op, no_triton, on_device_of, tl, triton
+from ._ops import INTERPRETED, define_opaque_op, no_triton, on_device_of, tl, triton
 from ._qk_common import DTYPES, Spec, acc_dtype, check_tables, join_pairs, require, split_pairs, table_values
 from ._qk_tile import pow2, table_strides
 
@@ -71,7 +71,8 @@ def _turned(x: Tensor, cos: Tensor | None, sin: Tensor | None, spec: Spec) -> Te
 
 def reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key_cache: Tensor,
               value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor, rotary_dim: int,
-              interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int], scale: float) -> Tensor:  # fmt: skip
+              interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
+              scale: float) -> Tensor:  # fmt: skip
     """The op in plain torch, with its arguments."""
     spec = Spec("none", 0.0, 0.0, rotary_dim, interleaved, cos_lanes, sin_lanes)
     if length is not None:
@@ -87,7 +88,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor |
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key_cache: Tensor,
-           value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor, spec: Spec) -> None:  # fmt: skip
+           value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor,
+           spec: Spec) -> None:  # fmt: skip
     def need(ok: bool, argument: str, value: object, allowed: str) -> None:
         require("decode_attention", ok, argument, value, allowed)
 
@@ -243,14 +245,14 @@ def _merge_kernel(partial, top_total, out, length, KV_HEADS: tl.constexpr, GROUP
     b, hk, i, g = pair // KV_HEADS, pair % KV_HEADS, row // GROUP, row % GROUP
     target = out + ((b * Q + i).to(tl.int64) * (KV_HEADS * GROUP) + hk * GROUP + g) * D
     tl.store(target + lane, result.to(out.dtype.element_ty), lane < D)
-    if COUNTED:
-        if program == 0:
-            tl.store(length, tl.load(length) + Q)
+    if COUNTED and program == 0:
+        tl.store(length, tl.load(length) + Q)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key_cache: Tensor,
              value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor, rotary_dim: int,
-             interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int], scale: float) -> Tensor:  # fmt: skip
+             interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
+             scale: float) -> Tensor:  # fmt: skip
     spec = Spec("none", 0.0, 0.0, rotary_dim, interleaved, cos_lanes, sin_lanes)
     _check(q, k, v, cos, sin, key_cache, value_cache, length, positions, mask, spec)
     if supports(q, k, key_cache) is not None or q.numel() == 0:
@@ -286,11 +288,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
     return out
 
 
-decode_attention = define_mutating_op("torch_fuse::decode_attention", _forward, ("key_cache", "value_cache", "length"))
+decode_attention = define_opaque_op("torch_fuse::decode_attention", _forward, ("key_cache", "value_cache", "length"))
 
 
 @decode_attention.register_fake
 def _fake(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key_cache: Tensor,
           value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor, rotary_dim: int,
-          interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int], scale: float) -> Tensor:  # fmt: skip
+          interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
+          scale: float) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)

@@ -106,7 +106,7 @@ def _kernel(residual, x1, w1, b1, x2, w2, b2, out, N, M: tl.constexpr, MP: tl.co
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, MP)[None, :]
     tile1 = _tile(w1, n, 0, N, K1, BLOCK_K)
-    if M == 1:
+    if M == 1:  # noqa: SIM108
         acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     else:
         acc = tl.zeros([BLOCK_N, MP], tl.float32)

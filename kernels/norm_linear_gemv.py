@@ -141,7 +141,8 @@ def _dot(tile, y, bias, n, N, BIASED: tl.constexpr):
 @triton.jit
 def _block(block, tile, gate_tile, y0, x, bias, other_bias, scale, shift, out, N, k, eps, offset, M: tl.constexpr,
            K: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, BIASED: tl.constexpr,
-           OTHER_BIASED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+           OTHER_BIASED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+           BLOCK_N: tl.constexpr):  # fmt: skip
     """BLOCK_N rows of a weight times all rows of x; y0 is the first row of x, normalised."""
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     for m in tl.static_range(M):
@@ -195,11 +196,11 @@ def _kernel(x, eps, offset, w0, b0, s0, c0, out0, n0, p0, w1, b1, s1, c1, out1, 
     if program < p0:
         _share(program, p0, x, w0, b0, w1, b1, s0, c0, out0, n0, eps, offset, M, K, KP, NORM, SCALED, SHIFTED, BIASED0,
                BIASED1, GATED, ACTIVATION0, BLOCK_N, ONCE)  # fmt: skip
-    if WEIGHTS > 1:
+    if WEIGHTS > 1:  # noqa: SIM102  # one decided when compiling, one when running
         if (program >= p0) & (program < p0 + p1):
             _share(program - p0, p1, x, w1, b1, w1, b1, s1, c1, out1, n1, eps, offset, M, K, KP, NORM, SCALED, SHIFTED,
                    BIASED1, False, False, ACTIVATION1, BLOCK_N, ONCE)  # fmt: skip
-    if WEIGHTS > 2:
+    if WEIGHTS > 2:  # noqa: SIM102
         if program >= p0 + p1:
             _share(program - p0 - p1, p2, x, w2, b2, w2, b2, s2, c2, out2, n2, eps, offset, M, K, KP, NORM, SCALED,
                    SHIFTED, BIASED2, False, False, ACTIVATION2, BLOCK_N, ONCE)  # fmt: skip

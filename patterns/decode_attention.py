@@ -23,13 +23,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from torch_fuse._compat import op_overload
+from torch_fuse.graph import memory
 from torch_fuse.graph.attention import Attention, expanded_heads
-from torch_fuse.graph.cache import Append, match_append, match_counter, readers_between
+from torch_fuse.graph.cache import Append, match_append, match_counter, readers_before
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.heads import Heads, match_heads
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, same_shape, static_int, storages, tensor
-from torch_fuse.kernels import decode_attention
+from torch_fuse.kernels import decode_attention, in_memory
 from torch_fuse.options import Options
 from torch_fuse.patterns.norm_qkv_rope_attention import _check_same_rope, _emit_heads, _emit_table
 from torch_fuse.rewrite.builder import Builder
@@ -100,8 +102,8 @@ class DecodeAttention(Pattern):
             _emit_new(query, builder),
             _emit_new(key, builder),
             _with_lanes(builder.call("transpose", found["values"].source, 1, 2), builder),
-            None if rope is None else _emit_table(rope.cos, query, builder),
-            None if rope is None else _emit_table(rope.sin, query, builder),
+            None if rope is None else _once(_emit_table(rope.cos, query, builder), builder),
+            None if rope is None else _once(_emit_table(rope.sin, query, builder), builder),
             found["keys"].cache,
             found["values"].cache,
             None if counter is None else counter.length,
@@ -173,13 +175,15 @@ def _check_attention(attention: Attention, keys: Append, values: Append, view: G
 
 
 def _check_cache_unseen(keys: Append, values: Append, region: set[Node], view: GraphView, anchor: Node) -> None:
-    """Raises Miss when anything but the attention sees the cache between the write and the attention."""
-    for append in (keys, values):
-        if any(user not in region for user in append.write.users):
-            raise Miss(f"{append.write.name} is used elsewhere too", append.write)
-        for node in readers_between(storages(append.cache), view.order, append.write, anchor):
-            if node not in region:
-                raise Miss(f"{node.name} reads the cache before the attention does", node)
+    """Raises Miss when anything but the attention sees the cache before it.
+
+    What is read before the write counts too: Inductor may compute it after the op, from the new cache.
+    """
+    found = storages(keys.cache) | storages(values.cache)
+    seen = [node for append in (keys, values) for node in append.write.users]
+    for node in (*seen, *readers_before(found, view.order, anchor)):
+        if node not in region:
+            raise Miss(f"{node.name} reads the cache before the attention does", node)
 
 
 def _unturned(node: Node, heads: Heads) -> Heads:
@@ -202,7 +206,12 @@ def _emit_mask(mask: Node, builder: Builder) -> Node:
     node = mask
     for _ in range(4 - found.dim()):
         node = builder.once("unsqueeze", node, 0)
-    return node
+    return _once(node, builder)
+
+
+def _once(node: Node, builder: Builder) -> Node:
+    """A value that all layers share, in memory."""
+    return node if memory.in_memory(node) else builder.once(op_overload(in_memory.in_memory), node)
 
 
 # -- examples ------------------------------------------------------------------------------------------------------
@@ -225,15 +234,16 @@ class _Step(nn.Module):
             q, k = (_rotate_half(y, cos, sin) for y in (q, k))
         count, span = x.shape[1], torch.arange(_S, device=x.device)
         seen = torch.arange(count, device=x.device) + length
+        mask = span <= seen[:, None]
         if self.mask == "window":
-            mask = (span <= seen[:, None]) & (span > seen[:, None] - 3)
-        else:
-            mask = span <= seen[:, None]
+            mask = mask & (span > seen[:, None] - 3)
         if self.mask == "additive":
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, float("-inf"))
         if self.mask != "two_dims":
             mask = mask[None, None].expand(x.shape[0], 1, count, _S)
         positions = torch.arange(count, device=x.device) + length
+        if self.order == "read_before":
+            extra = keys * 2
         if self.order == "counted":
             length.add_(count)
         extra: Any = 0
@@ -291,6 +301,7 @@ _NEAR_MISSES: dict[str, dict[str, Any]] = {
     "no_mask": {"mask": "none"},
     "additive_mask": {"mask": "additive"},
     "too_many_tokens": {"queries": 9, "order": "positions"},
+    "cache_read_before": {"order": "read_before"},
     "cache_read_in_between": {"order": "read_between"},
     "cache_written_twice": {"order": "written_twice"},
     "values_elsewhere": {"order": "other_positions"},

@@ -294,15 +294,17 @@ def _gated_unit(m: _Layers, x: torch.Tensor) -> torch.Tensor:
     return F.silu(m.a(y)) * m.c(y)
 
 
+def _gelu_new(y: torch.Tensor) -> torch.Tensor:
+    return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+
 _SPELLINGS: dict[str, Block] = {
     "one": lambda m, x: m.a(m.norm1(x)),
     "two_norms_and_gelu": _two_norms,
     "three_weights": lambda m, x: [layer(_written_rms(m, x)) for layer in (m.a, m.c, m.d)],
     "four_weights": lambda m, x: [layer(y) for y in (m.norm1(x),) for layer in (m.a, m.b, m.c, m.d)],
     "gated": _gated_unit,
-    "tanh_written_out": lambda m, x: (lambda y: 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))))(
-        m.b(m.norm1(x))
-    ),
+    "tanh_written_out": lambda m, x: _gelu_new(m.b(m.norm1(x))),
     "result_read_before_and_after_gelu": lambda m, x: (lambda y: (F.gelu(y), y + 1))(m.b(m.norm1(x))),
 }  # fmt: skip
 _NEAR_MISSES: dict[str, Block] = {

@@ -102,7 +102,10 @@ def match_append(node: Node, order: Order, before: Node) -> Append:
 
 
 def match_counter(positions: Node, order: Order, before: Node) -> Counter | None:
-    """Recognises positions that are counted on the device; None when they are not, or the count is used in between."""
+    """Recognises positions that are counted on the device; None when they are not, or something else reads the count.
+
+    Inductor might compute that other value after an op has counted, see `define_opaque_op`.
+    """
     call, found = call_of(positions), tensor(positions)
     if call is None or call.op != "add" or call.inplace or call["alpha"] != 1 or found is None:
         return None
@@ -120,9 +123,10 @@ def match_counter(positions: Node, order: Order, before: Node) -> Counter | None
             continue
         if not order.index[positions] < order.index[writes[0]] < order.index[before]:
             continue
-        if readers_between(storages(length), order, writes[0], before):
+        nodes = frozenset({positions, steps, writes[0]})
+        if set(readers_before(storages(length), order, before)) - nodes:
             continue
-        return Counter(length, writes[0], frozenset({positions, steps, writes[0]}))
+        return Counter(length, writes[0], nodes)
     return None
 
 
@@ -133,7 +137,10 @@ def _counts(node: object) -> bool:
     return not set(node.kwargs) - {"device", "dtype"}
 
 
-def readers_between(found: set[StorageWeakRef], order: Order, first: Node, last: Node) -> list[Node]:
-    """The nodes strictly between two others that read or write any of the storages `found`."""
-    between = order.nodes[order.index[first] + 1 : order.index[last]]
-    return [node for node in between if any(storages(source) & found for source in node.all_input_nodes)]
+def readers_before(found: set[StorageWeakRef], order: Order, before: Node) -> list[Node]:
+    """The nodes in front of another that read or write any of the storages `found`."""
+    return [
+        node
+        for node in order.nodes[: order.index[before]]
+        if any(storages(source) & found for source in node.all_input_nodes)
+    ]
