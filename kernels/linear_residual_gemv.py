@@ -83,8 +83,7 @@ def _tile(weight, n, start, N, K: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def _product(acc, tile, x, weight, n, N, row, K: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Adds x times the rows n of a weight, whose first tile is given; the next one is read ahead."""
-    start = 0
-    while start < K:
+    for start in range(0, K, BLOCK_K):
         following = _tile(weight, n, start + BLOCK_K, N, K, BLOCK_K)
         k, wide = start + tl.arange(0, BLOCK_K), tile.to(tl.float32)
         if M == 1:  # added up over the columns once, at the end
@@ -94,7 +93,6 @@ def _product(acc, tile, x, weight, n, N, row, K: tl.constexpr, M: tl.constexpr, 
                 found = tl.sum(wide * tl.load(x + m * K + k, k < K, other=0.0).to(tl.float32)[None, :], 1)
                 acc += tl.where(row == m, found[:, None], 0.0)
         tile = following
-        start += BLOCK_K
     return acc
 
 

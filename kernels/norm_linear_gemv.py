@@ -228,10 +228,10 @@ def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     arguments: dict[str, Any] = {}
     for j in range(MAX_WEIGHTS):
         i = j if j < len(weights) else 0
-        out = outputs[j] if j < len(outputs) else outputs[0]
         arguments |= {
             f"w{j}": weights[i], f"b{j}": _or(biases[i], x), f"s{j}": _or(norm_weights[i], x),
-            f"c{j}": _or(norm_biases[i], x), f"out{j}": out, f"n{j}": out.shape[-1],
+            f"c{j}": _or(norm_biases[i], x), f"out{j}": outputs[j] if j < len(outputs) else rows,
+            f"n{j}": outputs[j].shape[-1] if j < len(outputs) else 0,
             f"p{j}": shares[j] if j < len(shares) else 0, f"BIASED{j}": biases[i] is not None,
             f"ACTIVATION{j}": names[i],
         }  # fmt: skip
