@@ -279,8 +279,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
         _split_kernel[(pairs, splits)](
             q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], q if cos is None else cos, *table_strides(cos),
             q if sin is None else sin, *table_strides(sin), key_cache, *key_cache.stride()[:3], value_cache,
-            *value_cache.stride()[:3], position, 0 if length is not None else position.stride(0), mask.view(torch.uint8),
-            m_b, m_h, m_s, m_n, size, partial, top_total, scale * math.log2(math.e), ROWS=rows,
+            *value_cache.stride()[:3], position, 0 if length is not None else position.stride(0),
+            mask.view(torch.uint8), m_b, m_h, m_s, m_n, size, partial, top_total, scale * math.log2(math.e), ROWS=rows,
             TILES=triton.cdiv(parts, splits), R=rotary_dim, INTERLEAVED=interleaved, C0=c0, C1=c1, C2=c2, S0=s0, S1=s1,
             S2=s2, BLOCK_N=BLOCK_N, WIDE=INTERPRETED, **common,
         )  # fmt: skip  # the interpreter multiplies bfloat16 as integers

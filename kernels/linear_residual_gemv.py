@@ -14,7 +14,7 @@ Example:
     tensor([[17., 17., 17., 17.]])
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -151,3 +151,10 @@ def _fake(residual: Tensor, x1: Tensor, w1: Tensor, b1: Tensor | None, x2: Tenso
           b2: Tensor | None) -> Tensor:  # fmt: skip
     _check(residual, x1, w1, b1, x2, w2, b2)
     return residual.new_empty(residual.shape)
+
+
+def _no_gradient(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise NotImplementedError("linear_residual_gemv has no gradient; use torch.nn.functional.linear for training")
+
+
+linear_residual_gemv.register_autograd(_no_gradient)

@@ -259,3 +259,10 @@ def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
           weight_offset: float, activations: str, gated: bool) -> list[Tensor]:  # fmt: skip
     _check(x, weights, biases, norm_weights, norm_biases, norm, activations, gated)
     return [x.new_empty(*x.shape[:-1], w.shape[0]) for w in (weights[:1] if gated else weights)]
+
+
+def _no_gradient(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise NotImplementedError("norm_linear_gemv has no gradient; use torch.nn.functional.linear for training")
+
+
+norm_linear_gemv.register_autograd(_no_gradient)
