@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._ops import INTERPRETED, define_opaque_op, no_triton, on_device_of, tl, triton
+from ._ops import INTERPRETED, define_op, no_triton, on_device_of, tl, triton, wrap_triton
 from ._qk_common import DTYPES, Spec, acc_dtype, check_tables, join_pairs, require, split_pairs, table_values
 from ._qk_tile import pow2, table_strides
 
@@ -276,19 +276,19 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
               "COUNTED": length is not None, "SPLITS": splits,
               "num_warps": NUM_WARPS if rows <= 16 else 2 * NUM_WARPS}  # fmt: skip
     with on_device_of(q):
-        _split_kernel[(pairs, splits)](
+        wrap_triton(_split_kernel)[(pairs, splits)](
             q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], q if cos is None else cos, *table_strides(cos),
             q if sin is None else sin, *table_strides(sin), key_cache, *key_cache.stride()[:3], value_cache,
             *value_cache.stride()[:3], position, 0 if length is not None else position.stride(0),
-            mask.view(torch.uint8), m_b, m_h, m_s, m_n, size, partial, top_total, scale * math.log2(math.e), ROWS=rows,
+            mask, m_b, m_h, m_s, m_n, size, partial, top_total, scale * math.log2(math.e), ROWS=rows,
             TILES=triton.cdiv(parts, splits), R=rotary_dim, INTERLEAVED=interleaved, C0=c0, C1=c1, C2=c2, S0=s0, S1=s1,
             S2=s2, BLOCK_N=BLOCK_N, WIDE=INTERPRETED, **common,
         )  # fmt: skip  # the interpreter multiplies bfloat16 as integers
-        _merge_kernel[(pairs * queries * group,)](partial, top_total, out, position, SP=splits, **common)
+        wrap_triton(_merge_kernel)[(pairs * queries * group,)](partial, top_total, out, position, SP=splits, **common)
     return out
 
 
-decode_attention = define_opaque_op("torch_fuse::decode_attention", _forward, ("key_cache", "value_cache", "length"))
+decode_attention = define_op("torch_fuse::decode_attention", _forward, ("key_cache", "value_cache", "length"))
 
 
 @decode_attention.register_fake

@@ -104,7 +104,7 @@ def match_append(node: Node, order: Order, before: Node) -> Append:
 def match_counter(positions: Node, order: Order, before: Node) -> Counter | None:
     """Recognises positions that are counted on the device; None when they are not, or something else reads the count.
 
-    Inductor might compute that other value after an op has counted, see `define_opaque_op`.
+    Inductor might compute that other value after an op has counted, see `define_op`.
     """
     call, found = call_of(positions), tensor(positions)
     if call is None or call.op != "add" or call.inplace or call["alpha"] != 1 or found is None:
