@@ -40,7 +40,9 @@ else:
 
 
 def define_op(name: str, fn: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
-    """Registers `fn`, which writes to the arguments named in `mutates`, as the op `name`; call `register_fake` and `register_autograd` on the result.
+    """Registers `fn`, which writes to the arguments named in `mutates`, as the op `name`.
+
+    Call `register_fake` and `register_autograd` on the result.
 
     `fn` must pick kernel or reference by the tensors' device *inside its body*: torch decomposes a
     `triton_op` into `fn`'s body wherever it functionalises, also for CPU tensors, so `register_kernel("cpu")`
