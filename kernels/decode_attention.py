@@ -169,7 +169,10 @@ def _split_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, cos
     query = query.to(dtype)  # where the unfused graph rounds
     acc = tl.zeros([ROWS, DP], tl.float32)
     top, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    for t in range(TILES):
+    tiles = TILES
+    if TILES == 0:
+        tiles = tl.cdiv(size, SPLITS * BLOCK_N)
+    for t in range(tiles):
         start = (split + t * SPLITS) * BLOCK_N  # neighbours go to different programs: all have some of what is there
         n = start + col
         inside = n < size
@@ -249,6 +252,15 @@ def _merge_kernel(partial, top_total, out, length, KV_HEADS: tl.constexpr, GROUP
         tl.store(length, tl.load(length) + Q)
 
 
+def _split(size: int, pairs: int) -> tuple[int, int]:
+    """How many programs share the keys of a head, and how many tiles each has; 0 where the size is symbolic."""
+    splits = min(MAX_SPLITS, pow2(max(PROGRAMS // pairs, 1)) if isinstance(pairs, int) else 16)
+    if not isinstance(size, int):
+        return splits, 0
+    splits = min(splits, pow2(triton.cdiv(size, BLOCK_N)))
+    return splits, triton.cdiv(triton.cdiv(size, BLOCK_N), splits)
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key_cache: Tensor,
              value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor, rotary_dim: int,
              interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
@@ -262,8 +274,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
     kv_heads, size = k.shape[2], key_cache.shape[2]
     group, pairs = heads // kv_heads, batch * kv_heads
     rows = 1 if queries * group == 1 else max(pow2(queries * group), 16)
-    parts = triton.cdiv(size, BLOCK_N)
-    splits = min(pow2(parts), MAX_SPLITS, max(pow2(PROGRAMS // pairs), 1))
+    splits, tiles = _split(size, pairs)
     out = q.new_empty(batch, queries, heads, dim)
     partial = q.new_empty(pairs, splits, queries * group, dim, dtype=torch.float32)
     top_total = q.new_empty(pairs, splits, queries * group, 2, dtype=torch.float32)
@@ -281,7 +292,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
             q if sin is None else sin, *table_strides(sin), key_cache, *key_cache.stride()[:3], value_cache,
             *value_cache.stride()[:3], position, 0 if length is not None else position.stride(0),
             mask, m_b, m_h, m_s, m_n, size, partial, top_total, scale * math.log2(math.e), ROWS=rows,
-            TILES=triton.cdiv(parts, splits), R=rotary_dim, INTERLEAVED=interleaved, C0=c0, C1=c1, C2=c2, S0=s0, S1=s1,
+            TILES=tiles, R=rotary_dim, INTERLEAVED=interleaved, C0=c0, C1=c1, C2=c2, S0=s0, S1=s1,
             S2=s2, BLOCK_N=BLOCK_N, WIDE=INTERPRETED, **common,
         )  # fmt: skip  # the interpreter multiplies bfloat16 as integers
         wrap_triton(_merge_kernel)[(pairs * queries * group,)](partial, top_total, out, position, SP=splits, **common)

@@ -138,6 +138,12 @@ def test_steps_one_after_the_other_fill_the_cache() -> None:
     assert given[7].item() == 66
 
 
+def test_a_cache_of_a_size_unknown_when_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_split", lambda size, pairs: (2, 0))
+    given = arguments(Case(size=300, live=250))
+    torch.testing.assert_close(op(*fresh(given)), reference(*fresh(given)))
+
+
 def test_the_same_step_gives_the_same_bits() -> None:
     given = arguments(Case(torch.float16, size=300, live=250, group=2))
     first, *others = (op(*fresh(given)) for _ in range(3))
