@@ -30,7 +30,7 @@ from torch_fuse.graph.cache import Append, match_append, match_counter, readers_
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.heads import Heads, match_heads
 from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.values import equal, same_shape, static_int, storages, tensor
+from torch_fuse.graph.values import equal, same_shape, static_int, storages, tensor, unequal
 from torch_fuse.kernels import decode_attention, in_memory
 from torch_fuse.options import Options
 from torch_fuse.patterns.norm_qkv_rope_attention import _check_same_rope, _emit_heads, _emit_table
@@ -157,7 +157,8 @@ def _check_attention(attention: Attention, keys: Append, values: Append, view: G
         raise Miss("the scale is no constant", node)
     if static_int(query.shape[1]) is None or static_int(query.shape[3]) is None or static_int(key.shape[1]) is None:
         raise Miss("heads or head_dim are not static", node)
-    if not same_shape(key.shape, value.shape) or key.dtype != query.dtype or value.dtype != query.dtype:
+    others = all(equal(key.shape[i], value.shape[i]) for i in (0, 1, 3))
+    if not others or unequal(key.shape[2], value.shape[2]) or key.dtype != query.dtype or value.dtype != query.dtype:
         raise Miss("key cache, value cache and query differ in shape or dtype", node)
     if key.stride(3) != 1 or value.stride(3) != 1:
         raise Miss("the lanes of the cache do not lie side by side", node)

@@ -90,3 +90,18 @@ def test_a_prefill_is_left_alone() -> None:
         found = rewritten(model, rewriter)(ids, past_key_values=mine).logits
         torch.testing.assert_close(found, model(ids, past_key_values=theirs).logits)
     assert not {(op, "fused") for op in OPS} & rewriter.statuses
+
+
+def test_caches_of_other_sizes_are_recognised_too() -> None:
+    model = models.build("Llama")
+    rewriter = Rewriter()
+    step = rewritten(model, rewriter)
+    ids = models.inputs("Llama", batch=1, length=6)["input_ids"]
+    for size in (16, 24, 40):
+        mine, theirs = (prefilled(model, ids, size) for _ in range(2))
+        with torch.no_grad():
+            found = step(ids[:, :1], past_key_values=mine).logits
+            torch.testing.assert_close(found, model(ids[:, :1], past_key_values=theirs).logits, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(contents(mine), contents(theirs), atol=2e-5, rtol=2e-5)
+    assert len(rewriter.report.graphs) == 2
+    assert rewriter.report.counts()["decode_attention"] == {"fused": 2 * LAYERS}, rewriter.report
