@@ -39,16 +39,26 @@ else:
         return kernel
 
 
-def define_op(name: str, fn: Callable[..., Any]) -> Any:
-    """Registers `fn` as the functional op `name`; call `register_fake` and `register_autograd` on the result.
+def define_op(name: str, fn: Callable[..., Any], mutates: tuple[str, ...] = ()) -> Any:
+    """Registers `fn`, which writes to the arguments named in `mutates`, as the op `name`.
+
+    Call `register_fake` and `register_autograd` on the result.
 
     `fn` must pick kernel or reference by the tensors' device *inside its body*: torch decomposes a
     `triton_op` into `fn`'s body wherever it functionalises, also for CPU tensors, so `register_kernel("cpu")`
     alone would not keep a compiled CPU graph away from the launch. Interpreted kernels cannot be traced: they
     are launched from an opaque `custom_op`.
+
+    What is written to is not copied, also when it is an input of the graph. But Inductor may compute what the graph
+    makes of the old value after the op, from the new one: let nothing else read the argument before the op does.
     """
     if HAS_TRITON and not INTERPRETED:
-        return torch.library.triton_op(name, fn, mutates_args=())
+        return torch.library.triton_op(name, fn, mutates_args=mutates)
+    return torch.library.custom_op(name, fn, mutates_args=mutates)
+
+
+def define_opaque_op(name: str, fn: Callable[..., Any]) -> Any:
+    """Registers `fn` as the functional op `name` that Inductor only calls; it does not see through it."""
     return torch.library.custom_op(name, fn, mutates_args=())
 
 

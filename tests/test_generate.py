@@ -74,3 +74,29 @@ def test_compiled_repeated_blocks_of_diffusers_give_what_eager_gives() -> None:
     assert result["same"]
     assert not result["errors"]
     assert result["counts"]["norm_qkv_rope_attention"]["fused"] >= 1
+
+
+_DECODE = """
+from transformers import CompileConfig
+same = True
+for name, batch, lengths in (("GPTNeoX", 1, (20, 7)), ("Llama", 3, (9,))):
+    torch._dynamo.reset()
+    model = models.build(name, max_position_embeddings=128, num_hidden_layers=1, intermediate_size=32)
+    model.generation_config.eos_token_id = None
+    config = CompileConfig(backend="fuse", fullgraph=True, mode=None, options={"kernels": "reference"})
+    config._compile_all_devices = True  # transformers compiles on accelerators only, unless told so
+    for length in lengths:
+        prompt = models.inputs(name, batch=batch, length=length)["input_ids"]
+        asked = dict(max_new_tokens=24, do_sample=False, pad_token_id=0)
+        expected = model.generate(prompt, **asked)
+        found = model.generate(prompt, **asked, cache_implementation="static", compile_config=config)
+        same = same and bool(torch.equal(found, expected))
+"""
+
+
+def test_the_ops_of_a_decoding_step_generate_the_tokens_that_eager_generates() -> None:
+    result = _run(_DECODE)
+    assert result["same"]
+    assert not result["errors"]
+    for op in ("decode_attention", "decode_norm_linear", "decode_linear_residual"):
+        assert result["counts"][op]["fused"] >= 1, result["counts"]

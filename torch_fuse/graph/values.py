@@ -31,6 +31,11 @@ def equal(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
+def unequal(a: Any, b: Any) -> bool:
+    """Whether two sizes are known to differ; for sizes that the graph as it was needs to be equal, too."""
+    return statically_known_true(a != b)
+
+
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are known to be equal without a guard."""
     return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))

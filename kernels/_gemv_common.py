@@ -1,0 +1,59 @@
+"""What the two products of a few rows with a streamed weight share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._ops import no_triton, tl, triton
+from ._qk_common import DTYPES
+
+MAX_ROWS = 8
+
+
+def no_kernel(x: Tensor, weights: list[Tensor]) -> str | None:
+    """Why the kernels cannot multiply the rows of x with weights [N, K] as they lie in memory, or None."""
+    if reason := no_triton(x):
+        return reason
+    if x.dtype not in DTYPES:
+        return f"dtype is {x.dtype}; allowed: fp32, bf16, fp16"
+    rows = x.numel() // max(x.shape[-1], 1)
+    if not 1 <= rows <= MAX_ROWS:
+        return f"there are {rows} rows; allowed: 1 to {MAX_ROWS}"
+    for weight in weights:
+        if weight.dtype != x.dtype:
+            return f"the weight is {weight.dtype} and the input {x.dtype}"
+        if not weight.is_contiguous() or weight.shape[1] % 16:
+            return f"the weight's strides are {weight.stride()}; allowed: rows side by side, of a multiple of 16"
+    return None
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., K] as contiguous rows [M, K]."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """x through one of ACTIVATIONS, in plain torch."""
+    if activation == "gelu":
+        return torch.nn.functional.gelu(x)
+    if activation == "gelu_tanh":
+        return torch.nn.functional.gelu(x, approximate="tanh")
+    return torch.nn.functional.silu(x) if activation == "silu" else x
+
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "silu")
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """fp32 x through an activation: these are a few values a program, so no instruction is spared."""
+    if ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # noqa: RET505  # a jit function's other branch must not be compiled
+        z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        return x / (1.0 + tl.exp(-z))
+    elif ACTIVATION == "silu":
+        return x / (1.0 + tl.exp(-x))
+    else:
+        return x

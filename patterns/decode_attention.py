@@ -1,0 +1,312 @@
+"""A decoding step of attention on a static cache: RoPE, append and attention to what is there, in one op.
+
+Before: q, k = rope(q, cos, sin), rope(k, cos, sin)
+        positions = arange(Q) + length;  length += Q
+        keys.index_copy_(2, positions, k);  values.index_copy_(2, positions, v)
+        scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+After:  decode_attention(q, k, v, cos, sin, keys, values, length, None, mask)
+
+For every transformers model with a StaticCache, as `generate(cache_implementation="static")` compiles it: one or a few
+new tokens, grouped or multi-query heads, repeated or not, partial or full RoPE. Any boolean mask is right, since the op
+reads it; it need not be proven to mean anything.
+Wins on CUDA: SDPA with a mask reads the whole cache, the op reads the tokens that are there, and it takes two launches
+where Inductor takes six.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+from torch_fuse._compat import op_overload
+from torch_fuse.graph import memory
+from torch_fuse.graph.attention import Attention, expanded_heads
+from torch_fuse.graph.cache import Append, match_append, match_counter, readers_before
+from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.heads import Heads, match_heads
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.values import equal, same_shape, static_int, storages, tensor, unequal
+from torch_fuse.kernels import decode_attention, in_memory
+from torch_fuse.options import Options
+from torch_fuse.patterns.norm_qkv_rope_attention import _check_same_rope, _emit_heads, _emit_table
+from torch_fuse.rewrite.builder import Builder
+from torch_fuse.rewrite.pattern import Example, Match, Pattern
+from torch_fuse.rewrite.registry import register
+from torch_fuse.rewrite.view import GraphView
+
+MAX_QUERIES = decode_attention.MAX_QUERIES
+
+
+@register
+class DecodeAttention(Pattern):
+    """RoPE, cache append and attention of a decoding step, for the tokens that are in the cache."""
+
+    name = "decode_attention"
+    kind = "attention"
+    op = "torch_fuse::decode_attention"
+
+    def match(self, view: GraphView, anchor: Node) -> Match | None:
+        attention = view.attentions[anchor]
+        if attention.written is not None or not _few_queries(attention):
+            return None
+        key_heads, key_nodes = expanded_heads(attention.key)
+        value_heads, value_nodes = expanded_heads(attention.value)
+        if not (_writes_in_place(key_heads) and _writes_in_place(value_heads)):
+            return None
+        keys, values = (match_append(node, view.order, anchor) for node in (key_heads, value_heads))
+        _check_attention(attention, keys, values, view)
+        query = match_heads(attention.query, view.order, view.fake_mode).without_norm()
+        known = () if query.rope is None else (query.rope.cos, query.rope.sin)
+        key = match_heads(keys.source, view.order, view.fake_mode, known).without_norm()
+        if query.rope is None or key.rope is None:
+            query, key = _unturned(attention.query, query), _unturned(keys.source, key)
+        else:
+            _check_same_rope(query, key, view)
+        counter = match_counter(keys.positions, view.order, anchor)
+        region = {anchor, keys.write, values.write, *key_nodes, *value_nodes, *query.nodes, *key.nodes}
+        if counter is not None:
+            region |= counter.nodes
+        _check_cache_unseen(keys, values, region, view, anchor)
+        tables = () if query.rope is None else (query.rope.cos, query.rope.sin)
+        position = keys.positions if counter is None else counter.length
+        inputs = (
+            query.source, key.source, values.source, *tables, keys.cache, values.cache, position, attention.mask,
+        )  # fmt: skip
+        bindings = {"attention": attention, "query": query, "key": key, "keys": keys, "values": values,
+                    "counter": counter}  # fmt: skip
+        size = tensor(keys.cache).shape[2]  # type: ignore[union-attr]
+        note = f"{tensor(attention.query).shape[2]} new token(s), cache of {size}"  # type: ignore[union-attr]
+        return Match(anchor, bindings, (anchor,), frozenset(region), inputs, note)
+
+    def check(self, match: Match, options: Options) -> str | None:
+        if options.kernels == "reference":
+            return None
+        if not options.unmeasured:
+            return "a decoding step is not measured to win yet"
+        attention, keys = match.bindings["attention"], match.bindings["keys"]
+        query, cache = tensor(attention.query), tensor(keys.cache)
+        assert query is not None and cache is not None
+        reason = decode_attention.supports(query.transpose(1, 2), cache.transpose(1, 2), cache)
+        return None if reason is None else f"the kernel cannot run: {reason}"
+
+    def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
+        found = match.bindings
+        attention, query, key, counter = (found[name] for name in ("attention", "query", "key", "counter"))
+        rope = query.rope
+        dim = tensor(attention.query).shape[3]  # type: ignore[union-attr]
+        new = builder.call(
+            decode_attention.decode_attention,
+            _emit_new(query, builder),
+            _emit_new(key, builder),
+            _with_lanes(builder.call("transpose", found["values"].source, 1, 2), builder),
+            None if rope is None else _once(_emit_table(rope.cos, 1, query, builder), builder),
+            None if rope is None else _once(_emit_table(rope.sin, rope.sin_sign, query, builder), builder),
+            found["keys"].cache,
+            found["values"].cache,
+            None if counter is None else counter.length,
+            found["keys"].positions if counter is None else None,
+            _emit_mask(attention.mask, builder),
+            0 if rope is None else rope.rotary_dim,
+            False if rope is None else rope.interleaved,
+            [] if rope is None else list(rope.cos_lanes),
+            [] if rope is None else list(rope.sin_lanes),
+            dim**-0.5 if attention.scale is None else float(attention.scale),
+        )
+        return {match.anchor: builder.call("transpose", new, 1, 2)}
+
+    def spellings(self) -> Iterator[Example]:
+        for name, changes in _SPELLINGS.items():
+            yield Example(name, _step(**changes))
+
+    def near_misses(self) -> Iterator[Example]:
+        for name, changes in _NEAR_MISSES.items():
+            yield Example(name, _step(**changes), fuses=False)
+
+
+def _few_queries(attention: Attention) -> bool:
+    query = tensor(attention.query)
+    queries = None if query is None or query.dim() != 4 else static_int(query.shape[2])
+    return queries is not None and 1 <= queries <= MAX_QUERIES
+
+
+def _writes_in_place(node: Node) -> bool:
+    """Whether a key or value is an input that somebody writes to, or the result of such a write."""
+    call = call_of(node)
+    if call is not None and call.op == "index_copy":
+        return call.inplace
+    return node.op in ("placeholder", "get_attr") and any(
+        (call := call_of(user)) is not None and (call.inplace or call.op == "setitem") for user in node.users
+    )
+
+
+def _check_attention(attention: Attention, keys: Append, values: Append, view: GraphView) -> None:
+    """Raises Miss unless the op computes this attention."""
+    node = attention.node
+    query, key, value, mask = (tensor(x) for x in (attention.query, keys.cache, values.cache, attention.mask))
+    assert query is not None and key is not None and value is not None
+    if mask is None:
+        raise Miss("the whole cache is attended to: there is no mask", node)
+    if attention.is_causal is not False or attention.dropout_p != 0:
+        raise Miss("the attention has a mask and is_causal, or dropout", node)
+    if mask.dtype != torch.bool:
+        raise Miss(f"the mask is {mask.dtype}, not boolean", node)
+    if not (attention.scale is None or isinstance(attention.scale, (int, float))):
+        raise Miss("the scale is no constant", node)
+    if static_int(query.shape[1]) is None or static_int(query.shape[3]) is None or static_int(key.shape[1]) is None:
+        raise Miss("heads or head_dim are not static", node)
+    others = all(equal(key.shape[i], value.shape[i]) for i in (0, 1, 3))
+    if not others or unequal(key.shape[2], value.shape[2]) or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise Miss("key cache, value cache and query differ in shape or dtype", node)
+    if key.stride(3) != 1 or value.stride(3) != 1:
+        raise Miss("the lanes of the cache do not lie side by side", node)
+    new = tensor(keys.source)
+    assert new is not None
+    expected = (query.shape[0], key.shape[1], query.shape[2], query.shape[3])
+    if not (same_shape(new.shape, expected) and same_shape(tensor(values.source).shape, expected)):  # type: ignore[union-attr]
+        raise Miss("other tokens are appended than those that attend", keys.write)
+    if not view.order.same_value(keys.positions, values.positions):
+        raise Miss("keys and values are appended at different positions", values.write)
+    if storages(keys.cache) & storages(values.cache):
+        raise Miss("keys and values share a cache", values.write)
+    if any(x.requires_grad for x in (query, new)):
+        raise Miss("gradients are wanted, and a decoding step has none", node)
+
+
+def _check_cache_unseen(keys: Append, values: Append, region: set[Node], view: GraphView, anchor: Node) -> None:
+    """Raises Miss when anything but the attention sees the cache before it.
+
+    What is read before the write counts too: Inductor may compute it after the op, from the new cache.
+    """
+    found = storages(keys.cache) | storages(values.cache)
+    seen = [node for append in (keys, values) for node in append.write.users]
+    for node in (*seen, *readers_before(found, view.order, anchor)):
+        if node not in region:
+            raise Miss(f"{node.name} reads the cache before the attention does", node)
+
+
+def _unturned(node: Node, heads: Heads) -> Heads:
+    """A query or key as it is, with all that is computed of it left outside."""
+    return Heads(node, (0, 1, 2, 3), node, (), (0, 1, 2, 3), 0, heads.head_dim, None, None, "head", frozenset())
+
+
+def _emit_new(heads: Heads, builder: Builder) -> Node:
+    return _with_lanes(_emit_heads(heads, builder), builder)
+
+
+def _with_lanes(node: Node, builder: Builder) -> Node:
+    """A value whose lanes lie side by side."""
+    return node if equal(tensor(node).stride(3), 1) else builder.call("contiguous", node)  # type: ignore[union-attr]
+
+
+def _emit_mask(mask: Node, builder: Builder) -> Node:
+    found = tensor(mask)
+    assert found is not None
+    node = mask
+    for _ in range(4 - found.dim()):
+        node = builder.shared("unsqueeze", node, 0)
+    return _once(node, builder)
+
+
+def _once(node: Node, builder: Builder) -> Node:
+    """A value that all layers share, in memory."""
+    return node if memory.in_memory(node) else builder.shared(op_overload(in_memory.in_memory), node)
+
+
+# -- examples ------------------------------------------------------------------------------------------------------
+
+_B, _H, _D, _S = 2, 4, 8, 16
+
+
+class _Step(nn.Module):
+    """A decoding step as a model writes it."""
+
+    def __init__(self, kv_heads: int, rope: str, order: str, mask: str) -> None:
+        super().__init__()
+        self.kv_heads, self.rope, self.order, self.mask = kv_heads, rope, order, mask
+        self.proj = nn.Linear(16, (_H + 2 * kv_heads) * _D)
+
+    def forward(self, x, cos, sin, keys, values, length):  # type: ignore[no-untyped-def]
+        sizes = [_H * _D, self.kv_heads * _D, self.kv_heads * _D]
+        q, k, v = (y.unflatten(-1, (-1, _D)).transpose(1, 2) for y in self.proj(x).split(sizes, -1))
+        if self.rope == "half":
+            q, k = (_rotate_half(y, cos, sin) for y in (q, k))
+        count, span = x.shape[1], torch.arange(_S, device=x.device)
+        seen = torch.arange(count, device=x.device) + length
+        mask = span <= seen[:, None]
+        if self.mask == "window":
+            mask = mask & (span > seen[:, None] - 3)
+        if self.mask == "additive":
+            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, float("-inf"))
+        if self.mask != "two_dims":
+            mask = mask[None, None].expand(x.shape[0], 1, count, _S)
+        positions = torch.arange(count, device=x.device) + length
+        if self.order == "read_before":
+            extra = keys * 2
+        if self.order == "counted":
+            length.add_(count)
+        extra: Any = 0
+        if self.order == "reversed":
+            positions = positions.flip(0)
+        keys.index_copy_(2, positions, k)
+        if self.order == "read_between":
+            extra = keys.sum()
+        values.index_copy_(2, positions + 1 if self.order == "other_positions" else positions, v)
+        if self.order == "written_twice":
+            keys.mul_(2)
+        if self.order == "counted_late_read":
+            length.add_(count)
+            extra = length + 1
+        key, value = keys, values
+        if self.kv_heads != _H:
+            key, value = (y.repeat_interleave(_H // self.kv_heads, 1) for y in (keys, values))
+        if self.mask == "none":
+            return F.scaled_dot_product_attention(q, key, value), extra
+        return F.scaled_dot_product_attention(q, key, value, attn_mask=mask).transpose(1, 2), extra
+
+
+def _rotate_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None]
+
+
+def _step(
+    queries: int = 1, kv_heads: int = _H, rope: str = "half", order: str = "counted", mask: str = "causal",
+    grad: bool = False,
+) -> Callable[[torch.dtype], tuple[nn.Module, tuple[Any, ...]]]:  # fmt: skip
+    def make(dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
+        model = _Step(kv_heads, rope, order, mask).to(dtype).requires_grad_(grad)
+        angle = torch.rand(1, queries, _D // 2).repeat(1, 1, 2)
+        tables = (angle.cos().to(dtype), angle.sin().to(dtype))
+        caches = tuple(torch.randn(_B, kv_heads, _S, _D).to(dtype) for _ in range(2))
+        return model, (torch.randn(_B, queries, 16).to(dtype), *tables, *caches, torch.tensor(5))
+
+    return make
+
+
+_SPELLINGS: dict[str, dict[str, Any]] = {
+    "one_token": {},
+    "three_tokens": {"queries": 3},
+    "grouped": {"kv_heads": 2},
+    "multi_query_two_tokens": {"kv_heads": 1, "queries": 2},
+    "no_rope": {"rope": "none"},
+    "positions_not_counted": {"order": "positions"},
+    "positions_reversed": {"order": "reversed", "queries": 3},
+    "window": {"mask": "window", "queries": 2},
+    "mask_of_two_dims": {"mask": "two_dims"},
+    "count_is_read_in_between": {"order": "counted_late_read"},
+}
+_NEAR_MISSES: dict[str, dict[str, Any]] = {
+    "no_mask": {"mask": "none"},
+    "additive_mask": {"mask": "additive"},
+    "too_many_tokens": {"queries": 9, "order": "positions"},
+    "cache_read_before": {"order": "read_before"},
+    "cache_read_in_between": {"order": "read_between"},
+    "cache_written_twice": {"order": "written_twice"},
+    "values_elsewhere": {"order": "other_positions"},
+    "gradients": {"grad": True, "order": "positions"},
+}

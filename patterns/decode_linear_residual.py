@@ -1,0 +1,182 @@
+"""The linear layers that end a block and the residual sum, for a few rows, in one launch.
+
+Before: x + linear(attention, Wo, bo) + linear(h, Wd, bd)      # GPT-NeoX, GPT-J, Phi: parallel residual
+        x + linear(attention, Wo)                              # Llama
+After:  linear_residual_gemv(x, attention, Wo, bo, h, Wd, bd)
+
+For decoding with any of transformers' models: as `decode_norm_linear`, the time is that of reading the weights and of
+the launches that wait for each other. Wins on CUDA for one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.linear import Linear, match_linear
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.residual import match_residual
+from torch_fuse.graph.values import tensor
+from torch_fuse.kernels import linear_residual_gemv
+from torch_fuse.options import Options
+from torch_fuse.patterns.decode_norm_linear import MAX_ROWS, _rows, few_rows
+from torch_fuse.rewrite.builder import Builder
+from torch_fuse.rewrite.pattern import Example, Match, Pattern
+from torch_fuse.rewrite.registry import register
+from torch_fuse.rewrite.view import GraphView
+
+
+@register
+class DecodeLinearResidual(Pattern):
+    """Output projections of a few rows and the residual sum in one launch that streams the weights."""
+
+    name = "decode_linear_residual"
+    op = "torch_fuse::linear_residual_gemv"
+
+    def anchors(self, view: GraphView) -> Iterable[Node]:
+        """Sums, the last first: of two in one another the outer is the whole."""
+        found = ((node, call_of(node)) for node in reversed(view.nodes))
+        return [node for node, call in found if call is not None and call.op == "add" and few_rows(node)]
+
+    def match(self, view: GraphView, anchor: Node) -> Match | None:
+        residual = match_residual(anchor)
+        if residual is None or residual.node is not anchor:
+            return None
+        linears: list[Linear] = []
+        others: list[Node] = []
+        region = set(residual.nodes)
+        for term in residual.terms:
+            found = _linear(term.tensor, region)
+            if found is None or term.factors or term.sign != 1:
+                others.append(term.tensor)
+            else:
+                linears.append(found)
+        if len(others) != 1 or len(linears) not in (1, 2):
+            return None
+        base = [term for term in residual.terms if term.tensor is others[0]]
+        if len(base) != 1 or base[0].factors or base[0].sign != 1 or match_linear(others[0]) is not None:
+            return None
+        region |= {linear.node for linear in linears}
+        _check(anchor, others[0], linears)
+        inputs = (others[0], *(n for x in linears for n in (x.input, x.weight, x.bias) if n is not None))
+        bindings = {"residual": others[0], "linears": linears}
+        note = f"{len(linears)} weight(s), {_rows(anchor)} row(s)"
+        return Match(anchor, bindings, (anchor,), frozenset(region), inputs, note)
+
+    def check(self, match: Match, options: Options) -> str | None:
+        if options.kernels == "reference":
+            return None
+        if not options.unmeasured:
+            return "a decoding step is not measured to win yet"
+        residual, linears = match.bindings["residual"], match.bindings["linears"]
+        for linear in linears:
+            given = [tensor(node) for node in (residual, linear.input, linear.weight)]
+            reason = linear_residual_gemv.supports(*given, None, None)  # type: ignore[arg-type]
+            if reason is not None:
+                return f"the kernel cannot run: {reason}"
+        rows = _rows(residual)
+        return None if rows is not None and rows <= MAX_ROWS else f"{rows} rows: it is known to pay up to {MAX_ROWS}"
+
+    def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
+        linears = match.bindings["linears"]
+        first, second = linears[0], linears[1] if len(linears) == 2 else None
+        op = linear_residual_gemv.linear_residual_gemv
+        new = builder.call(
+            linear_residual_gemv.reference if options.kernels == "reference" else op,
+            match.bindings["residual"],
+            first.input,
+            first.weight,
+            first.bias,
+            None if second is None else second.input,
+            None if second is None else second.weight,
+            None if second is None else second.bias,
+        )
+        return {match.anchor: new}
+
+    def spellings(self) -> Iterator[Example]:
+        for name, block in _SPELLINGS.items():
+            yield Example(name, _example(block))
+
+    def near_misses(self) -> Iterator[Example]:
+        yield Example("nine_rows", _example(_SPELLINGS["two"], 9), fuses=False)
+        yield Example("gradients", _example(_SPELLINGS["two"], grad=True), fuses=False)
+        for name, block in _NEAR_MISSES.items():
+            yield Example(name, _example(block), fuses=False)
+
+
+def _linear(node: Node, region: set[Node]) -> Linear | None:
+    """The linear layer whose result a term is, behind dropouts that drop nothing; nothing else may read it."""
+    passed: set[Node] = set()
+    while len(node.users) == 1:
+        call = call_of(node)
+        if call is not None and call.op == "dropout" and (call["training"] is False or call["p"] == 0):
+            passed.add(node)
+            node = call["input"]
+            continue
+        linear = match_linear(node)
+        if linear is not None:
+            region |= passed
+        return linear
+    return None
+
+
+def _check(anchor: Node, residual: Node, linears: list[Linear]) -> None:
+    """Raises Miss unless the op computes this sum."""
+    result, base = tensor(anchor), tensor(residual)
+    assert result is not None and base is not None
+    if result.requires_grad:
+        raise Miss("gradients are wanted, and the op for a few rows has none", anchor)
+    if base.dtype != result.dtype:
+        raise Miss(f"the sum is {result.dtype}, the residual stream {base.dtype}", anchor)
+    for linear in linears:
+        if linear.transposed:
+            raise Miss("a weight is stored with its input dimension first", linear.node)
+        if any(tensor(node).dtype != result.dtype for node in (linear.input, linear.weight)):  # type: ignore[union-attr]
+            raise Miss("weights, inputs and the residual stream differ in dtype", linear.node)
+
+
+# -- examples ------------------------------------------------------------------------------------------------------
+
+Block = Callable[["_Layers", torch.Tensor, torch.Tensor, torch.Tensor], Any]
+
+
+class _Layers(nn.Module):
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        self.a, self.b, self.c = nn.Linear(16, 24), nn.Linear(32, 24), nn.Linear(32, 24, bias=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> Any:
+        return self.block(self, x, y, z)
+
+
+def _example(block: Block, rows: int = 2, grad: bool = False) -> Callable[[torch.dtype], Any]:
+    def make(dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
+        model = _Layers(block).to(dtype).requires_grad_(grad)
+        return model, tuple(torch.randn(rows, 1, n, dtype=dtype) for n in (24, 16, 32))
+
+    return make
+
+
+_SPELLINGS: dict[str, Block] = {
+    "two": lambda m, x, y, z: m.b(z) + m.a(y) + x,
+    "residual_first": lambda m, x, y, z: x + (m.a(y) + m.c(z)),
+    "one": lambda m, x, y, z: x + m.b(z),
+    "no_bias": lambda m, x, y, z: m.c(z) + x,
+    "behind_dropout": lambda m, x, y, z: x + F.dropout(m.b(z), 0.1, False) + F.dropout(m.a(y), 0.0, True),
+    "read_again": lambda m, x, y, z: (lambda r: (r, r + m.a(y)))(x + m.b(z)),
+}
+_NEAR_MISSES: dict[str, Block] = {
+    "linear_read_again": lambda m, x, y, z: (lambda h: (x + h, h * 2))(m.b(z)),
+    "scaled": lambda m, x, y, z: x + 2 * m.b(z),
+    "alpha": lambda m, x, y, z: torch.add(x, m.b(z), alpha=2),
+    "difference": lambda m, x, y, z: x - m.b(z),
+    "broadcast": lambda m, x, y, z: x[:1] + m.b(z),
+    "written_in_between": lambda m, x, y, z: (lambda h: (z.mul_(2), x + h))(m.b(z)),
+}

@@ -1,0 +1,316 @@
+"""The linear layers behind a norm, for a few rows: norm, product, bias and activation of all of them in one launch.
+
+Before: qkv = linear(layer_norm(x, w1, c1), Wq, bq);  h = gelu(linear(layer_norm(x, w2, c2), Wu, bu))    # GPT-NeoX
+        q, k, v = (linear(rms_norm(x), W) for W in (Wq, Wk, Wv))                                       # Llama
+        h = silu(linear(rms_norm(x), Wg)) * linear(rms_norm(x), Wu)
+After:  qkv, h = norm_linear_gemv(x, [Wq, Wu], ...);  q, k, v = norm_linear_gemv(x, [Wq, Wk, Wv], ...)
+        h = norm_linear_gemv(x, [Wg, Wu], ..., gated=True)
+
+For decoding with any of transformers' models. The time is that of reading the weights, plus about 2 us for each launch
+that waits for the one before: a layer has fewer of them, and none for the norms.
+Wins on CUDA for one row: products with a bias go to the GEMM library otherwise, which reads at three quarters of the
+speed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Node
+
+from torch_fuse.graph.activation import gelus
+from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.effects import Order
+from torch_fuse.graph.linear import Linear, match_linear
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.norm import Norm, match_norm, norms_of, strip_casts
+from torch_fuse.graph.values import static_int, tensor
+from torch_fuse.kernels import norm_linear_gemv
+from torch_fuse.options import Options
+from torch_fuse.rewrite.builder import Builder
+from torch_fuse.rewrite.pattern import Example, Match, Pattern
+from torch_fuse.rewrite.registry import register
+from torch_fuse.rewrite.view import GraphView
+
+# More rows than this are not measured yet; the op takes eight.
+MAX_ROWS = 1
+FEW_ROWS = 8
+_MOST_STEPS = 24  # of a written-out GELU
+
+
+@dataclass(frozen=True)
+class Output:
+    """One result: of one linear layer, or of the two of a gated unit, and the activation behind it."""
+
+    node: Node
+    norm: Norm
+    linears: tuple[Linear, ...]
+    activation: str
+    nodes: frozenset[Node]
+
+
+@register
+class DecodeNormLinear(Pattern):
+    """Norm, linear layers and activation of a few rows in one launch that streams the weights."""
+
+    name = "decode_norm_linear"
+    kind = "norm_linear"
+    op = "torch_fuse::norm_linear_gemv"
+
+    def match(self, view: GraphView, anchor: Node) -> Match | None:
+        norm = match_norm(anchor)
+        if norm is None or not few_rows(norm.input):
+            return None
+        norms = [found for found in norms_of(norm.input) if _linears(found)]
+        if not norms or norms[0].node is not norm.node:
+            return None  # reported with the first of the norms
+        same = [other for other in norms if _alike(other, norm)]
+        outputs = [output for other in same for output in _outputs(other, view.order)]
+        _check(norm, outputs)
+        weights = [linear.weight for output in outputs for linear in output.linears]
+        biases = [linear.bias for output in outputs for linear in output.linears]
+        affine = [node for other in same for node in (other.weight, other.bias)]
+        inputs = tuple(node for node in (norm.input, *weights, *biases, *affine) if node is not None)
+        replaced = tuple(sorted((output.node for output in outputs), key=view.order.index.__getitem__))
+        region = frozenset().union(*(output.nodes for output in outputs), *(other.nodes for other in same))
+        note = f"{len(weights)} weight(s) behind {len(same)} {norm.kind} norm(s), {_rows(norm.input)} row(s)"
+        return Match(anchor, {"norm": norm, "outputs": outputs}, replaced, region, inputs, note)
+
+    def check(self, match: Match, options: Options) -> str | None:
+        norm, outputs = match.bindings["norm"], match.bindings["outputs"]
+        inside = {linear.node for output in outputs for linear in output.linears}
+        for other in {output.norm.node for output in outputs}:
+            if any(user not in match.region and user not in inside for user in other.users):
+                return "the normalised value is read elsewhere too"
+        if options.kernels == "reference":
+            return None
+        if not options.unmeasured:
+            return "a decoding step is not measured to win yet"
+        weights = [tensor(linear.weight) for output in outputs for linear in output.linears]
+        x = tensor(norm.input)
+        assert x is not None
+        for weight in weights:
+            reason = norm_linear_gemv.supports(x, [weight])  # type: ignore[list-item]
+            if reason is not None:
+                return f"the kernel cannot run: {reason}"
+        rows = _rows(norm.input)
+        return None if rows is not None and rows <= MAX_ROWS else f"{rows} rows: it is known to pay up to {MAX_ROWS}"
+
+    def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
+        outputs: list[Output] = match.bindings["outputs"]
+        plain = [output for output in outputs if len(output.linears) == 1]
+        calls = [[output] for output in outputs if len(output.linears) == 2]
+        calls += [
+            plain[i : i + norm_linear_gemv.MAX_WEIGHTS] for i in range(0, len(plain), norm_linear_gemv.MAX_WEIGHTS)
+        ]
+        changed = {}
+        for group in calls:
+            new = _emit(match.bindings["norm"], group, options, builder)
+            changed |= {output.node: builder.call(operator.getitem, new, i) for i, output in enumerate(group)}
+        return changed
+
+    def spellings(self) -> Iterator[Example]:
+        for name, block in _SPELLINGS.items():
+            yield Example(name, _example(block))
+
+    def near_misses(self) -> Iterator[Example]:
+        yield Example("nine_rows", _example(_two_norms, 9), fuses=False)
+        yield Example("gradients", _example(_two_norms, grad=True), fuses=False)
+        for name, block in _NEAR_MISSES.items():
+            yield Example(name, _example(block), fuses=False)
+
+
+def _emit(norm: Norm, group: list[Output], options: Options, builder: Builder) -> Node:
+    linears = [(linear, output) for output in group for linear in output.linears]
+    names = [output.activation if linear is output.linears[0] else "none" for linear, output in linears]
+    return builder.call(
+        norm_linear_gemv.reference if options.kernels == "reference" else norm_linear_gemv.norm_linear_gemv,
+        norm.input,
+        [linear.weight for linear, _ in linears],
+        [linear.bias for linear, _ in linears],
+        [output.norm.weight for _, output in linears],
+        [output.norm.bias for _, output in linears],
+        norm.kind,
+        norm.eps,
+        norm.weight_offset,
+        ",".join(names),
+        len(group[0].linears) == 2,
+    )
+
+
+def few_rows(node: Node) -> bool:
+    """Whether a value [..., K] is known to have one to eight rows."""
+    rows = _rows(node)
+    return rows is not None and 1 <= rows <= FEW_ROWS
+
+
+def _rows(node: Node) -> int | None:
+    found = tensor(node)
+    sizes = [] if found is None else [static_int(size) for size in found.shape[:-1]]
+    return None if found is None or found.dim() < 2 or None in sizes else math.prod(size or 0 for size in sizes)
+
+
+def _alike(other: Norm, norm: Norm) -> bool:
+    same = (other.kind, other.eps, other.weight_offset) == (norm.kind, norm.eps, norm.weight_offset)
+    return same and (other.weight is None, other.bias is None) == (norm.weight is None, norm.bias is None)
+
+
+def _check(norm: Norm, outputs: list[Output]) -> None:
+    """Raises Miss unless the op computes these outputs."""
+    x = tensor(norm.input)
+    if norm.eps is None:
+        raise Miss("the norm's epsilon is no constant", norm.node)
+    for output in outputs:
+        result = tensor(output.node)
+        assert x is not None and result is not None
+        if result.requires_grad:
+            raise Miss("gradients are wanted, and the op for a few rows has none", output.node)
+        if result.dtype != x.dtype:
+            raise Miss(f"the result is {result.dtype}, the input of the norm {x.dtype}", output.node)
+        for vector in (output.norm.weight, output.norm.bias):
+            if vector is not None and tensor(vector).dim() != 1:  # type: ignore[union-attr]
+                raise Miss("the norm's weight has more than one dimension", output.norm.node)
+        for linear in output.linears:
+            if linear.transposed:
+                raise Miss("the weight is stored with its input dimension first", linear.node)
+            if tensor(linear.weight).dtype != x.dtype:  # type: ignore[union-attr]
+                raise Miss("weight and input differ in dtype", linear.node)
+
+
+def _linears(norm: Norm) -> list[Linear]:
+    """The linear layers that read a norm, in the graph's order; a bias added later is part of its layer."""
+    found: dict[Node, Linear] = {}
+    for user in sorted(norm.node.users):
+        linear = match_linear(user)
+        if linear is None or strip_casts(linear.input) is not norm.node or user in (linear.weight, linear.bias):
+            continue
+        for later in user.users if linear.bias is None and len(user.users) == 1 else ():
+            biased = match_linear(later)
+            if biased is not None and biased.bias is not None and biased.weight is linear.weight:
+                linear = biased
+        found[linear.node] = linear
+    return list(found.values())
+
+
+def _outputs(norm: Norm, order: Order) -> list[Output]:
+    linears = {linear.node: linear for linear in _linears(norm)}
+    outputs: list[Output] = []
+    taken: set[Node] = set()
+    for node, linear in linears.items():
+        gated = _gated(node, linears)
+        if gated is not None:
+            product, silu, other = gated
+            both = (linear, linears[other])
+            outputs.append(Output(product, norm, both, "silu", frozenset({node, other, silu, product})))
+            taken |= {node, other}
+    for node, linear in linears.items():
+        if node not in taken:
+            outputs.append(_with_gelu(linear, norm, order))
+    return outputs
+
+
+def _gated(node: Node, linears: dict[Node, Linear]) -> tuple[Node, Node, Node] | None:
+    """(product, silu, other) of silu(node) * other, for two of the linear layers that nothing else reads."""
+    if len(node.users) != 1:
+        return None
+    (silu,) = node.users
+    call = call_of(silu)
+    if call is None or call.op != "silu" or call.inplace or len(silu.users) != 1:
+        return None
+    (product,) = silu.users
+    call = call_of(product)
+    if call is None or call.op != "mul" or call.inplace:
+        return None
+    other = call["other"] if call["input"] is silu else call["input"]
+    if other not in linears or other is node or len(other.users) != 1:
+        return None
+    return product, silu, other
+
+
+def _with_gelu(linear: Linear, norm: Norm, order: Order) -> Output:
+    """A linear layer with the GELU behind it, when nothing else reads the layer's result."""
+    node = linear.node
+    plain = Output(node, norm, (linear,), "none", frozenset({node}))
+    ahead: dict[Node, None] = {}
+    pending = [node]
+    while pending and len(ahead) < _MOST_STEPS:
+        for user in pending.pop(0).users:
+            if user not in ahead and user in order.index:
+                ahead[user] = None
+                pending.append(user)
+    for gelu in gelus(sorted(ahead, key=order.index.__getitem__)):
+        inside = {node, *gelu.nodes}
+        if gelu.input is not node or any(u not in inside for n in inside - {gelu.node} for u in n.users):
+            continue
+        name = "gelu" if gelu.approximate == "none" else "gelu_tanh"
+        return Output(gelu.node, norm, (linear,), name, frozenset(inside))
+    return plain
+
+
+# -- examples ------------------------------------------------------------------------------------------------------
+
+Block = Callable[["_Layers", torch.Tensor], Any]
+
+
+class _Layers(nn.Module):
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.rms = nn.RMSNorm(16, eps=1e-6)
+        self.a, self.b = nn.Linear(16, 24), nn.Linear(16, 32)
+        self.c, self.d = nn.Linear(16, 24, bias=False), nn.Linear(16, 8, bias=False)
+        for norm in (self.norm1, self.norm2):
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.block(self, x)
+
+
+def _two_norms(m: _Layers, x: torch.Tensor) -> Any:
+    return m.a(m.norm1(x)), F.gelu(m.b(m.norm2(x)))
+
+
+def _example(block: Block, rows: int = 2, grad: bool = False) -> Callable[[torch.dtype], Any]:
+    def make(dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
+        model = _Layers(block).to(dtype).requires_grad_(grad)
+        return model, (torch.randn(rows, 1, 16, dtype=dtype),)
+
+    return make
+
+
+def _written_rms(m: _Layers, x: torch.Tensor) -> torch.Tensor:
+    h = x.float()
+    return m.rms.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def _gated_unit(m: _Layers, x: torch.Tensor) -> torch.Tensor:
+    y = _written_rms(m, x)
+    return F.silu(m.a(y)) * m.c(y)
+
+
+def _gelu_new(y: torch.Tensor) -> torch.Tensor:
+    return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+
+
+_SPELLINGS: dict[str, Block] = {
+    "one": lambda m, x: m.a(m.norm1(x)),
+    "two_norms_and_gelu": _two_norms,
+    "three_weights": lambda m, x: [layer(_written_rms(m, x)) for layer in (m.a, m.c, m.d)],
+    "four_weights": lambda m, x: [layer(y) for y in (m.norm1(x),) for layer in (m.a, m.b, m.c, m.d)],
+    "gated": _gated_unit,
+    "tanh_written_out": lambda m, x: _gelu_new(m.b(m.norm1(x))),
+    "result_read_before_and_after_gelu": lambda m, x: (lambda y: (F.gelu(y), y + 1))(m.b(m.norm1(x))),
+}  # fmt: skip
+_NEAR_MISSES: dict[str, Block] = {
+    "norm_read_elsewhere": lambda m, x: (lambda y: (m.a(y), y * 2))(m.norm1(x)),
+    "written_in_between": lambda m, x: (lambda y: (m.a(y), x.mul_(2), m.b(y)))(m.norm1(x)),
+    "no_norm": lambda m, x: m.a(x),
+}

@@ -1,0 +1,141 @@
+"""norm_linear_gemv and linear_residual_gemv against float64.
+
+Run with TRITON_INTERPRET=1 the same tests go through the Triton kernels; test_kernels_in_the_interpreter does so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from torch_fuse.kernels import _ops
+
+norm_linear = importlib.import_module("torch_fuse.kernels.norm_linear_gemv")
+residual = importlib.import_module("torch_fuse.kernels.linear_residual_gemv")
+DEVICE = "cuda" if torch.cuda.is_available() and not _ops.INTERPRETED else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def norm_linear_arguments(
+    dtype: torch.dtype, rows: int, width: int, sizes: list[int], norm: str, activations: str, gated: bool = False
+) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    weights = [random(n, width, dtype=dtype) / width**0.5 for n in sizes]
+    biases = [None if j == 1 else random(n, dtype=dtype) for j, n in enumerate(sizes)]
+    scales = [None if norm == "none" else random(width, dtype=dtype) for _ in sizes]
+    shifts = [random(width, dtype=dtype) if norm == "layer" else None for _ in sizes]
+    offset = 1.0 if norm == "rms" else 0.0
+    x = random(1, rows, width, dtype=dtype)
+    return x, weights, biases, scales, shifts, norm, 1e-5, offset, activations, gated
+
+
+NORM_LINEAR: dict[str, tuple[Any, ...]] = {
+    "two_norms_and_gelu": (1, 48, [10, 33], "layer", "none,gelu"),
+    "three_weights": (3, 64, [9, 8, 7], "rms", "none,silu,gelu_tanh"),
+    "gated": (2, 1040, [12, 12], "rms", "silu,none", True),
+    "no_norm": (1, 32, [5], "none", "gelu"),
+    "eight_rows": (8, 80, [17], "layer", "none"),
+}
+
+
+def check(op: Any, reference: Any, arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
+    wide = tree_map(lambda x: x.double() if isinstance(x, Tensor) else x, arguments)
+    found, theirs, exact = ([y] if isinstance(y, Tensor) else y for y in
+                            (op(*arguments), reference(*arguments), reference(*wide)))  # fmt: skip
+    assert len(found) == len(theirs)
+    # the interpreter truncates to bfloat16, a GPU rounds
+    slack = 10.0 if dtype == torch.bfloat16 and _ops.INTERPRETED else 1.0
+    for a, b, c in zip(found, theirs, exact, strict=True):
+        assert a.shape == b.shape and a.dtype == dtype
+        for measure in (lambda x: float(x.max()), lambda x: float(x.square().mean().sqrt())):
+            mine, other = (measure((y.double() - c).abs()) for y in (a, b))
+            assert mine <= slack * 2 * other + 2e-6, (mine, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("programs", [0, 3])
+@pytest.mark.parametrize("case", NORM_LINEAR.values(), ids=NORM_LINEAR)
+def test_norm_linear(case: Any, programs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_linear, "config", lambda *_: norm_linear.Config(4, 4, programs))
+    check(norm_linear.norm_linear_gemv, norm_linear.reference, norm_linear_arguments(dtype, *case), dtype)
+
+
+def residual_arguments(dtype: torch.dtype, rows: int, n: int, k1: int, k2: int, biased: bool) -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    base, first = random(1, rows, n, dtype=dtype), random(1, rows, k1, dtype=dtype)
+    bias = random(n, dtype=dtype) if biased else None
+    w1 = random(n, k1, dtype=dtype) / k1**0.5
+    if k2 == 0:
+        return base, first, w1, bias, None, None, None
+    return base, first, w1, bias, random(1, rows, k2, dtype=dtype), random(n, k2, dtype=dtype) / k2**0.5, bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [(1, 37, 48, 1040, True), (1, 6, 4112, 0, False), (3, 16, 64, 0, True),
+                                  (8, 5, 512, 80, True)], ids=str)  # fmt: skip
+def test_linear_residual(case: Any, dtype: torch.dtype) -> None:
+    check(residual.linear_residual_gemv, residual.reference, residual_arguments(dtype, *case), dtype)
+
+
+def test_opcheck() -> None:
+    arguments = norm_linear_arguments(torch.float16, 2, 32, [8, 16], "layer", "none,gelu")
+    torch.library.opcheck(norm_linear.norm_linear_gemv, arguments)
+    torch.library.opcheck(residual.linear_residual_gemv, residual_arguments(torch.float16, 1, 8, 32, 16, True))
+
+
+def test_a_gradient_is_refused_in_words() -> None:
+    x, *rest = norm_linear_arguments(torch.float32, 1, 32, [8], "rms", "none")
+    with pytest.raises(NotImplementedError, match=r"has no gradient; use .*linear for training"):
+        norm_linear.norm_linear_gemv(x.requires_grad_(), *rest)[0].sum().backward()
+    x, *rest = residual_arguments(torch.float32, 1, 8, 32, 0, True)
+    with pytest.raises(NotImplementedError, match=r"has no gradient; use .*linear for training"):
+        residual.linear_residual_gemv(x.requires_grad_(), *rest).sum().backward()
+
+
+def test_errors_name_argument_value_and_what_is_allowed() -> None:
+    given = norm_linear_arguments(torch.float32, 1, 32, [8, 16], "layer", "none,gelu")
+    with pytest.raises(ValueError, match="activations is 'none'; allowed: 2 names of none, gelu"):
+        norm_linear.norm_linear_gemv(*given[:8], "none", False)
+    with pytest.raises(ValueError, match="gated is True; allowed: False, or two weights of one shape"):
+        norm_linear.norm_linear_gemv(*given[:9], True)
+    with pytest.raises(ValueError, match="norm is 'batch'; allowed: none, layer, rms"):
+        norm_linear.norm_linear_gemv(*given[:5], "batch", *given[6:])
+    base, x1, w1, *_ = residual_arguments(torch.float32, 1, 8, 32, 0, True)
+    with pytest.raises(ValueError, match=r"w1.shape is \(8, 31\); allowed: \[8, 32\]"):
+        residual.linear_residual_gemv(base, x1, w1[:, 1:], None, None, None, None)
+    with pytest.raises(ValueError, match="x2 is given; allowed: given together with w2"):
+        residual.linear_residual_gemv(base, x1, w1, None, x1, None, None)
+
+
+def test_supports_says_why_not() -> None:
+    x, w = torch.ones(1, 32, device=DEVICE), torch.ones(8, 32, device=DEVICE)
+    if DEVICE == "cpu" and not _ops.INTERPRETED:
+        assert norm_linear.supports(x, [w]) == "Triton has no backend for device 'cpu'"
+        return
+    assert norm_linear.supports(x, [w]) is None and residual.supports(x, x, w, None, None) is None
+    assert "9 rows" in norm_linear.supports(x.expand(9, 32), [w])
+    assert "float64" in norm_linear.supports(x.double(), [w])
+    assert "4 weights" in norm_linear.supports(x, [w] * 4)
+    assert "multiple of 16" in norm_linear.supports(x[:, :30], [w[:, :30]])
+    assert "the weight is torch.float32" in norm_linear.supports(x.half(), [w])
+
+
+@pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
+def test_kernels_in_the_interpreter() -> None:
+    """The kernels' arithmetic on a machine without a GPU: this file again, in a process that interprets them."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "not opcheck"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

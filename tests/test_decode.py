@@ -1,0 +1,107 @@
+"""Decoding with a static cache: every model's steps are recognised, agree with eager's, and leave the same cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import models
+import pytest
+import torch
+from harness import Rewriter, rewritten
+from torch import Tensor, nn
+from transformers import StaticCache
+
+OPS = ("decode_attention", "decode_norm_linear", "decode_linear_residual")
+LAYERS = 2
+# Fused sites a layer, in the order of OPS.
+EXPECTED = {
+    "GPTNeoX": (1, 1, 1),
+    "Llama": (1, 2, 2),
+    "Qwen3": (1, 2, 2),
+    "Phi": (1, 1, 1),
+    "StableLM": (1, 2, 2),
+    "OLMo2": (1, 0, 0),
+    "Cohere": (1, 0, 1),  # a LayerNorm of its own, in fp32
+    "Falcon": (1, 1, 0),  # adds in place
+}
+
+
+def prefilled(model: nn.Module, ids: Tensor, size: int = 32) -> StaticCache:
+    cache = StaticCache(config=model.config, max_cache_len=size)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    return cache
+
+
+def contents(cache: StaticCache) -> list[Any]:
+    return [x for layer in cache.layers for x in (layer.keys, layer.values, layer.cumulative_length)]
+
+
+def same_steps(model: nn.Module, step: Any, batch: int, new: int, prompts: tuple[int, ...], steps: int = 3) -> None:
+    """Takes steps with caches of several prompts in turn, and compares logits and caches with eager's."""
+    given = [models.inputs("Llama", batch=batch, length=length)["input_ids"] for length in prompts]
+    pairs = [(prefilled(model, ids), prefilled(model, ids)) for ids in given]
+    tokens = torch.randint(0, 97, (steps, len(pairs), batch, new), generator=torch.Generator().manual_seed(3))
+    for i in range(steps):
+        for j, (mine, theirs) in enumerate(pairs):
+            with torch.no_grad():
+                found = step(tokens[i, j], past_key_values=mine).logits
+                wanted = model(tokens[i, j], past_key_values=theirs).logits
+            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(contents(mine), contents(theirs), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_models_step_is_recognised_and_agrees(name: str) -> None:
+    model = models.build(name)
+    rewriter = Rewriter()
+    same_steps(model, rewritten(model, rewriter), batch=2, new=1, prompts=(7,))
+    counts = rewriter.report.counts()
+    found = tuple(counts.get(op, {}).get("fused", 0) for op in OPS)
+    assert found == tuple(LAYERS * n for n in EXPECTED[name]), rewriter.report
+
+
+@pytest.mark.parametrize(("batch", "new"), [(1, 1), (3, 1), (1, 5), (2, 4)])
+@pytest.mark.parametrize("name", ["GPTNeoX", "Llama"])
+def test_several_rows_and_two_caches_in_turn(name: str, batch: int, new: int) -> None:
+    model = models.build(name)
+    rewriter = Rewriter()
+    same_steps(model, rewritten(model, rewriter), batch, new, prompts=(9, 4))
+    assert ("decode_attention", "fused") in rewriter.statuses, rewriter.report
+    assert ("decode_norm_linear", "fused") in rewriter.statuses, rewriter.report
+
+
+def test_inductor_takes_the_step_as_it_is() -> None:
+    """The first layer's count is read by the mask and the tables, which Inductor may compute after it has changed."""
+    model = models.build("Llama", intermediate_size=32)
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="fuse", fullgraph=True, options={"kernels": "reference", "on_error": "raise"})
+    same_steps(model, step, batch=1, new=1, prompts=(5,))
+
+
+def test_a_prefill_is_left_alone() -> None:
+    model = models.build("Llama")
+    rewriter = Rewriter()
+    ids = models.inputs("Llama", batch=1, length=12)["input_ids"]
+    mine, theirs = (StaticCache(config=model.config, max_cache_len=16) for _ in range(2))
+    with torch.no_grad():
+        for cache in (mine, theirs):  # allocates the caches
+            model(ids[:, :1], past_key_values=cache)
+        found = rewritten(model, rewriter)(ids, past_key_values=mine).logits
+        torch.testing.assert_close(found, model(ids, past_key_values=theirs).logits)
+    assert not {(op, "fused") for op in OPS} & rewriter.statuses
+
+
+def test_caches_of_other_sizes_are_recognised_too() -> None:
+    model = models.build("Llama")
+    rewriter = Rewriter()
+    step = rewritten(model, rewriter)
+    ids = models.inputs("Llama", batch=1, length=6)["input_ids"]
+    for size in (16, 24, 40):
+        mine, theirs = (prefilled(model, ids, size) for _ in range(2))
+        with torch.no_grad():
+            found = step(ids[:, :1], past_key_values=mine).logits
+            torch.testing.assert_close(found, model(ids[:, :1], past_key_values=theirs).logits, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(contents(mine), contents(theirs), atol=2e-5, rtol=2e-5)
+    assert len(rewriter.report.graphs) == 2
+    assert rewriter.report.counts()["decode_attention"] == {"fused": 2 * LAYERS}, rewriter.report
