@@ -230,7 +230,8 @@ class _Step(nn.Module):
         self.kv_heads, self.rope, self.order, self.mask = kv_heads, rope, order, mask
         self.proj = nn.Linear(16, (_H + 2 * kv_heads) * _D)
 
-    def forward(self, x, cos, sin, keys, values, length):  # type: ignore[no-untyped-def]
+    def forward(self, x, cos, sin, keys, values, length):
+        extra: Any = 0
         sizes = [_H * _D, self.kv_heads * _D, self.kv_heads * _D]
         q, k, v = (y.unflatten(-1, (-1, _D)).transpose(1, 2) for y in self.proj(x).split(sizes, -1))
         if self.rope == "half":
@@ -249,7 +250,6 @@ class _Step(nn.Module):
             extra = keys * 2
         if self.order == "counted":
             length.add_(count)
-        extra: Any = 0
         if self.order == "reversed":
             positions = positions.flip(0)
         keys.index_copy_(2, positions, k)

@@ -76,8 +76,9 @@ class DecodeLinearResidual(Pattern):
             return "a decoding step is not measured to win yet"
         residual, linears = match.bindings["residual"], match.bindings["linears"]
         for linear in linears:
-            given = [tensor(node) for node in (residual, linear.input, linear.weight)]
-            reason = linear_residual_gemv.supports(*given, None, None)  # type: ignore[arg-type]
+            r, x, w = (tensor(node) for node in (residual, linear.input, linear.weight))
+            assert r is not None and x is not None and w is not None
+            reason = linear_residual_gemv.supports(r, x, w, None, None)
             if reason is not None:
                 return f"the kernel cannot run: {reason}"
         rows = _rows(residual)

@@ -110,7 +110,7 @@ class DecodeNormLinear(Pattern):
         calls += [
             plain[i : i + norm_linear_gemv.MAX_WEIGHTS] for i in range(0, len(plain), norm_linear_gemv.MAX_WEIGHTS)
         ]
-        changed = {}
+        changed: dict[Node, Node] = {}
         for group in calls:
             new = _emit(match.bindings["norm"], group, options, builder)
             changed |= {output.node: builder.call(operator.getitem, new, i) for i, output in enumerate(group)}

@@ -181,8 +181,8 @@ class _Keys:
     def emit(self, condition: Any) -> Node:
         """The sympy condition in PyTorch's operators."""
         shared = self.builder.shared
-        if isinstance(condition, tuple(_JOINS)):
-            join = _JOINS[type(condition)]
+        join = _JOINS.get(type(condition))
+        if join is not None:
             first, *rest = (self.emit(part) for part in sorted(condition.args, key=str))
             for part in rest:
                 first = shared(join, first, part)
