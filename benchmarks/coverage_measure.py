@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def _sites(rewriter: Rewriter) -> dict[str, Any]:
 
 
 def _plain(site: Any) -> dict[str, str]:
-    location = site.location.rpartition("site-packages/")[2]
+    location = site.location.rpartition("site-packages/")[2].replace(f"{Path(__file__).parents[1]}/", "")
     return {"pattern": site.pattern, "reason": site.reason, "location": location, "shape": site.shape}
 
 
