@@ -99,6 +99,26 @@ def test_one_change_of_meaning_is_never_lost(mutation: str) -> None:
     check()
 
 
+@pytest.mark.parametrize("projection", ["separate", "per_head"])
+@pytest.mark.parametrize("mutation", [m for m in MUTATIONS if m not in ("learned_tables", "detached_between")])
+def test_one_change_of_meaning_is_never_lost_where_it_is_rotated_in_place(mutation: str, projection: str) -> None:
+    """Without gradients, partial embeddings are written where the projection left them."""
+    dtype = torch.float32
+    norm = "rms" if mutation in ("other_eps_for_key", "mean_over_other_dim", "norm_of_key_only", "cubed") else "none"
+    before = projection == "separate"  # transposed before it is rotated
+    spelling = Spelling(
+        rotary_dim=4, projection=projection, rotate_transposed=before, dtype=dtype, norm=norm, mutation=mutation
+    )
+    twin = dataclasses.replace(spelling, mutation="", norm="none")
+    found, mutated = (
+        compare(Block(s).requires_grad_(False), (make_input(s).detach(),), grad=False, draws=2)
+        for s in (twin, spelling)
+    )
+    ops = [site.op for site in found.report.sites if site.pattern == PATTERN]
+    assert ops == ["torch_fuse::partial_rope"] and not found.problems
+    assert not mutated.problems, mutated.reasons
+
+
 # -- masks ---------------------------------------------------------------------------------------------------------
 
 Mask = Callable[[int], Tensor]
