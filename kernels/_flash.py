@@ -24,13 +24,17 @@ PARTS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128
 
 
 class Config(NamedTuple):
-    """A tile of queries, a tile of keys, and how they are run; the benchmarks' --sweep tries others."""
+    """A tile of queries, a tile of keys, and how they are run; the benchmarks' --sweep tries others.
+
+    A limit of registers a thread needs an opaque op: Inductor drops it when it launches the kernel itself.
+    """
 
     block_m: int = 64
     block_n: int = 64
     num_warps: int = 4
     num_stages: int = 3
     wave: int = 0
+    maxnreg: int | None = None
 
 
 class Band(NamedTuple):
@@ -217,14 +221,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: 
     batch, heads, length, dim = q.shape
     d1, d2 = PARTS[int(dim)]
     keep, ranges = (q, q) if key_keep is None or key_range is None else (key_keep, key_range)
+    kernel, limits = (wrap_triton(_kernel), {}) if config.maxnreg is None else (_kernel, {"maxnreg": config.maxnreg})
     with on_device_of(q):
-        wrap_triton(_kernel)[(triton.cdiv(length, config.block_m) * batch * heads,)](
+        kernel[(triton.cdiv(length, config.block_m) * batch * heads,)](
             q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
             keep, batch_stride(keep), ranges, batch_stride(ranges), out, out if lse is None else lse,
             batch, length, k.shape[2], scale * math.log2(math.e),
             H=int(heads), GROUP=int(heads) // int(k.shape[1]), D1=d1, D2=d2, **band.arguments(),
             KEEP=key_keep is not None, LSE=lse is not None, WAVE=config.wave, BLOCK_M=config.block_m,
             BLOCK_N=config.block_n, INTERPRET=INTERPRETED, num_warps=config.num_warps, num_stages=config.num_stages,
+            **limits,
         )  # fmt: skip
     return out
 

@@ -32,15 +32,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._flash import PARTS, Band, Config, attend, cannot_read, output
-from ._ops import define_op, no_triton
+from ._ops import define_opaque_op, no_triton
 
 # The two parts of each head dim, powers of two that a matrix instruction takes.
 HEAD_DIMS = {dim: parts for dim, parts in PARTS.items() if parts[1]}
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-# Two to four programs an SM by registers and shared memory, so that one's products hide another's softmax.
-CONFIGS = {48: Config(), 80: Config(), 96: Config(), 160: Config(num_stages=2)}
+# Two to four programs an SM by registers and shared memory, so that one's products hide another's softmax. The best of
+# benchmarks/results/uneven_head_attention.jsonl, for up to LONG queries and for more.
+LONG = 4096
+_WIDE = Config(128, 64, 8, 3, maxnreg=128)
+CONFIGS = {
+    48: (Config(maxnreg=168), Config(maxnreg=168)),
+    80: (Config(num_stages=2, maxnreg=128), _WIDE),
+    96: (_WIDE, _WIDE),
+    160: (Config(num_stages=2), Config(num_stages=2)),
+}
+
+
+def config(q: Tensor) -> Config:
+    """How the kernel runs for these queries."""
+    return CONFIGS[int(q.shape[3])][q.shape[2] > LONG]
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> str | None:
@@ -54,7 +67,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
         return f"head_dim is {q.shape[3]}; allowed: {', '.join(map(str, HEAD_DIMS))}"
     if not 0 < scale < math.inf:
         return f"scale is {scale}; allowed: positive numbers"
-    block_n = CONFIGS[int(q.shape[3])].block_n
+    block_n = CONFIGS[int(q.shape[3])][0].block_n
     if k.shape[2] < block_n:
         return f"there are {k.shape[2]} keys; allowed: {block_n} and more"
     return cannot_read(q=q, k=k, v=v)
@@ -93,10 +106,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
     if supports(q, k, v, is_causal, scale) is not None:
         return reference(q, k, v, is_causal, scale)
     band = Band(right=0 if is_causal else None)
-    return attend(q, k, v, None, None, band, scale, CONFIGS[int(q.shape[3])]).transpose(1, 2)
+    return attend(q, k, v, None, None, band, scale, config(q)).transpose(1, 2)
 
 
-uneven_head_attention = define_op("torch_fuse::uneven_head_attention", _forward)
+uneven_head_attention = define_opaque_op("torch_fuse::uneven_head_attention", _forward)
 
 
 @uneven_head_attention.register_fake
