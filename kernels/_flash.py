@@ -145,7 +145,7 @@ def _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, keep, j, solid, full
 
 
 @triton.jit
-def _kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep_b, ranges, ranges_b, out, lse,
+def kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep_b, ranges, ranges_b, out, lse,
             batch, q_length, length, log2_scale, H: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr,
             D2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr,
             HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, LSE: tl.constexpr, WAVE: tl.constexpr,
@@ -214,24 +214,33 @@ def output(q: Tensor) -> Tensor:
     return q.new_empty(batch, length, heads, dim)
 
 
+def call(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, band: Band, scale: float,
+         config: Config, out: Tensor, lse: Tensor | None = None) -> tuple[int, list[Any], dict[str, Any]]:  # fmt: skip
+    """How to launch `kernel`: grid, arguments and constants."""
+    batch, heads, length, dim = q.shape
+    d1, d2 = PARTS[int(dim)]
+    keep, ranges = (q, q) if key_keep is None or key_range is None else (key_keep, key_range)
+    arguments = [
+        q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
+        keep, batch_stride(keep), ranges, batch_stride(ranges), out, out if lse is None else lse,
+        batch, length, k.shape[2], scale * math.log2(math.e),
+    ]  # fmt: skip
+    constants = {
+        "H": int(heads), "GROUP": int(heads) // int(k.shape[1]), "D1": d1, "D2": d2, **band.arguments(),
+        "KEEP": key_keep is not None, "LSE": lse is not None, "WAVE": config.wave, "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "INTERPRET": INTERPRETED, "num_warps": config.num_warps,
+        "num_stages": config.num_stages, **({} if config.maxnreg is None else {"maxnreg": config.maxnreg}),
+    }  # fmt: skip
+    return triton.cdiv(length, config.block_m) * batch * heads, arguments, constants
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, band: Band,
            scale: float, config: Config, lse: Tensor | None = None) -> Tensor:  # fmt: skip
     """Launches the kernel: [B, S_q, H, D] in memory, and its log-sum-exp in units of log2 into `lse` [B, H, S_q]."""
     out = output(q)
-    batch, heads, length, dim = q.shape
-    d1, d2 = PARTS[int(dim)]
-    keep, ranges = (q, q) if key_keep is None or key_range is None else (key_keep, key_range)
-    kernel, limits = (wrap_triton(_kernel), {}) if config.maxnreg is None else (_kernel, {"maxnreg": config.maxnreg})
+    grid, arguments, constants = call(q, k, v, key_keep, key_range, band, scale, config, out, lse)
     with on_device_of(q):
-        kernel[(triton.cdiv(length, config.block_m) * batch * heads,)](
-            q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
-            keep, batch_stride(keep), ranges, batch_stride(ranges), out, out if lse is None else lse,
-            batch, length, k.shape[2], scale * math.log2(math.e),
-            H=int(heads), GROUP=int(heads) // int(k.shape[1]), D1=d1, D2=d2, **band.arguments(),
-            KEEP=key_keep is not None, LSE=lse is not None, WAVE=config.wave, BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, INTERPRET=INTERPRETED, num_warps=config.num_warps, num_stages=config.num_stages,
-            **limits,
-        )  # fmt: skip
+        wrap_triton(kernel)[(grid,)](*arguments, **constants)
     return out
 
 

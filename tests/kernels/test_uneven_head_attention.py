@@ -153,8 +153,21 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 def test_a_gradient_is_refused_in_words() -> None:
     q, k, v = inputs(length=64)
-    with pytest.raises(NotImplementedError, match=r"has no gradient; use .*scaled_dot_product_attention"):
-        op(q.detach().requires_grad_(), k, v, True, 0.1).sum().backward()
+    with pytest.raises(NotImplementedError, match="uneven_head_attention has no gradient"):
+        op(q.detach().requires_grad_(), k, v, True, 0.1)
+    with torch.no_grad():
+        assert not op(q.detach().requires_grad_(), k, v, True, 0.1).requires_grad
+
+
+def test_another_call_of_the_same_kind_reads_its_own_tensors() -> None:
+    module._launches.clear()
+    for seed in range(3):
+        tensors = [x + seed for x in inputs(dim=48, length=70)]
+        assert_no_worse(tensors, True)
+        assert_no_worse(tensors, False)
+        assert_no_worse(tensors, True, scale=0.3)
+    launched = supports(*inputs(dim=48, length=70), True, 0.3) is None
+    assert len(module._launches) == (3 if launched else 0)
 
 
 @pytest.mark.parametrize(
