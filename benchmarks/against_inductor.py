@@ -68,6 +68,12 @@ class Runner:
             reason = told[-600:] if child.returncode > 0 else f"killed by signal {-child.returncode}, {seconds:.0f} s"
             self._write({"what": "against_inductor", "model": name, "error": reason, "dry": self._given.dry})
 
+    def stop(self) -> None:
+        """Ends everything at once."""
+        self._deadline = 0.0
+        for child in list(self._running):
+            _signal(child, signal.SIGKILL)
+
     def _start(self, name: str, errors: Any) -> subprocess.Popen[str]:
         given = self._given
         command = [sys.executable, __file__, "--child", name, "--reps", str(given.reps), "--rounds", str(given.rounds)]
@@ -88,7 +94,10 @@ class Runner:
             with self._device, self._others_stopped(child), contextlib.suppress(BrokenPipeError):
                 child.stdin.write("go\n")
                 child.stdin.flush()
-                sys.stdout.write(child.stdout.readline())  # its row; the rest is clearing up
+                for answer in child.stdout:
+                    sys.stdout.write(answer)
+                    if answer.startswith('{"what"'):
+                        break  # its row; the rest is clearing up
         child.wait()
 
     @contextlib.contextmanager
@@ -139,7 +148,8 @@ def rows(path: Path | None) -> list[dict[str, Any]]:
 def table(found: list[dict[str, Any]]) -> str:
     """Model by model, the slowest against Inductor first."""
     lines = ["model                    graph: Inductor     fuse  ratio (rounds)         calls: ratio   error  fused"]
-    for row in sorted(found, key=lambda row: row.get("graph_ratio", row.get("calls_ratio", 0.0))):
+    latest = {row["model"]: row for row in found}  # a model that failed may have been run again
+    for row in sorted(latest.values(), key=lambda row: row.get("graph_ratio", row.get("calls_ratio", 0.0))):
         if "error" in row:
             lines.append(f"{row['model']:24} failed: {row['error'].strip().splitlines()[-1]}")
             continue
@@ -188,8 +198,13 @@ def main() -> None:
     done = {row["model"] for row in rows(given.out) if "error" not in row}
     names = [name for name in given.only or MODELS if name not in done]
     runner = Runner(given, time.monotonic() + given.seconds)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with ThreadPoolExecutor(given.workers) as pool:
-        list(pool.map(runner.run, names))
+        try:
+            list(pool.map(runner.run, names))
+        except BaseException:
+            runner.stop()
+            raise
     if given.out:
         sys.stdout.write(table(rows(given.out)))
 

@@ -51,6 +51,7 @@ def measure(name: str, log: Log, dry: bool, eager: bool, reps: int, rounds: int,
     row: dict[str, Any] = {"model": name, "dtype": str(dtype).removeprefix("torch."), "dry": dry}
     with torch.no_grad():
         exact = _exact(model, inputs, wide)
+        torch.cuda.empty_cache()  # others need the memory
         row["rms_eager"] = error(call(model), exact)["rms"]
         # What the two have in common is compiled for the first.
         calls = {side: (lambda f=f: call(f)) for side, f in _sides(model, dry, eager).items()}
@@ -135,4 +136,5 @@ def wait_for_turn() -> None:
     """Says that everything is compiled, and waits until the parent says that the device is free."""
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        sys.exit("the parent is gone")
