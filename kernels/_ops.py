@@ -85,8 +85,8 @@ def define_opaque_op(name: str, fn: Callable[..., Any], fake: Callable[..., Any]
 class Launch:
     """A launch of a Triton kernel that can be made again with other tensors, without Triton's 20 us of work on each.
 
-    Everything that is no tensor stays as it is; tensors have to have the shapes, strides, dtypes, devices and alignments
-    (to 16 bytes) of those before. Making one launches the kernel.
+    Everything that is no tensor stays as it is; tensors have to have the shapes, strides, dtypes, devices and
+    alignments (to 16 bytes) of those before. Making one launches the kernel.
 
     Args:
         kernel: a `triton.jit` or `gluon.jit` function, its constants last.
