@@ -181,7 +181,9 @@ def _ratio(name: str, exact: Any, unfused: Any, fused: Any, wrong: list[str], st
     a, b = (x[finite].double() - exact[finite].double() for x in (unfused, fused))
     floor = 4 * torch.finfo(unfused.dtype).eps
     size_of = {"largest": largest, "rms": rms}
-    ratio = max(size(b) / (2 * size(a) + size(noise) + floor * size(exact[finite])) for size in size_of.values())
+    ratio = max(
+        size(b) / max(2 * size(a) + size(noise) + floor * size(exact[finite]), 1e-300) for size in size_of.values()
+    )  # all of them are zero where the result is
     if not ratio <= 1:
         wrong.append(f"{name}: {ratio:.3g} times the error that the rule allows")
     return round(ratio, 3)
