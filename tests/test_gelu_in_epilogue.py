@@ -147,9 +147,10 @@ def epilogue(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_it_waits_for_a_measurement(dtype: torch.dtype, epilogue) -> None:
+def test_it_fires_from_the_least_number_of_rows_measured(dtype: torch.dtype, epilogue) -> None:
     model, x = Mlp().to(dtype), torch.randn(4, 12, dtype=dtype)
-    assert decision(model, x) == "kept: the GELU in the product's epilogue is not measured to win yet"
+    assert decision(model, x) == "kept: 4 rows: measured to win from 1536 on"
+    assert decision(model, x.expand(384, 4, 12).contiguous()) == "fused: weight [48, 12]"
     assert decision(model, x, unmeasured=True) == "fused: weight [48, 12]"
     assert decision(model.float(), x.float(), unmeasured=True) == (
         "kept: there is no such epilogue: dtype is torch.float32; allowed: bfloat16, float16"
