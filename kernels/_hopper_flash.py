@@ -28,6 +28,7 @@ class Config(NamedTuple):
     """How many groups of 64 queries a program has, how many keys a tile, how many tiles are under way.
 
     Registers a thread: of a group, and by how many the launch is limited, which sets how many programs share an SM.
+    `programs` is how many an SM gets, which then take one tile of queries after the other; None: one for each tile.
     """
 
     groups: int = 2
@@ -35,6 +36,7 @@ class Config(NamedTuple):
     stages: int = 2
     registers: int = 240
     maxnreg: int | None = None
+    programs: int | None = None
 
 
 def cannot_read(**tensors: Tensor) -> str | None:
@@ -79,4 +81,7 @@ def call(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, parts: 
         "GROUPS": config.groups, "N": config.block_n, "STAGES": config.stages, "REGISTERS": config.registers,
         "num_warps": 4, **({} if config.maxnreg is None else {"maxnreg": config.maxnreg}),
     }  # fmt: skip
-    return -(-q_length // (64 * config.groups)) * batch * heads, arguments, constants
+    grid = -(-q_length // (64 * config.groups)) * batch * heads
+    if config.programs is not None:
+        grid = min(grid, config.programs * torch.cuda.get_device_properties(q.device).multi_processor_count)
+    return grid, arguments, constants

@@ -52,7 +52,7 @@ _TWO_A_SM = _hopper_flash.Config(1, 128, 2, maxnreg=128)
 HOPPER = {
     64: (_TWO_A_SM, _TWO_A_SM),
     80: (None, _TWO_A_SM),
-    128: (_hopper_flash.Config(), _hopper_flash.Config()),
+    128: (_hopper_flash.Config(programs=1), _hopper_flash.Config(programs=1)),
 }  # of benchmarks/results/hopper_flash*.jsonl
 HEAD_DIMS = tuple(TRITON)
 

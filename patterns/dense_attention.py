@@ -28,9 +28,11 @@ from torch_fuse.rewrite.view import GraphView
 
 # From how many queries and keys on it wins over PyTorch's fastest backend, by head dim and whether it is causal.
 MIN_LENGTH = {
-    (48, True): 512, (64, True): 2048, (80, True): 512, (96, True): 512, (128, True): 4096, (128, False): 1536,
+    (48, True): 512, (64, True): 1024, (80, True): 512, (96, True): 512, (128, True): 2048, (128, False): 1536,
     (160, True): 512,
 }  # fmt: skip
+# With more tiles of 64 queries than this, cuDNN is as fast for head_dim 64: then it has enough programs, too.
+MAX_TILES = {64: 528}
 
 
 @register
@@ -87,7 +89,12 @@ class DenseAttention(Pattern):
             return f"PyTorch's kernel is faster: {why}"
         least = MIN_LENGTH[kind]
         length = min(size_hint(x.shape[2], least) for x in (q, k))
-        return None if length >= least else f"length {length}: as fast as PyTorch's kernel; it pays from {least} on"
+        if length < least:
+            return f"length {length}: PyTorch's kernel is as fast; it pays from {least} on"
+        tiles = size_hint(q.shape[0], 1) * size_hint(q.shape[1], 1) * -(-size_hint(q.shape[2], least) // 64)
+        if tiles > MAX_TILES.get(kind[0], tiles):
+            return f"{tiles} tiles of 64 queries: PyTorch's kernel is as fast; it pays up to {MAX_TILES[kind[0]]}"
+        return None
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
         op = dense_attention
