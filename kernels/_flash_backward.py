@@ -15,7 +15,17 @@ import math
 from torch import Tensor
 
 from ._flash import (
-    PARTS, Band, Config, batch_stride, cap_rate, dot_parts, in_band, key_tiles, load_parts, store_parts, tanh_of,
+    PARTS,
+    Band,
+    Config,
+    batch_stride,
+    cap_rate,
+    dot_parts,
+    in_band,
+    key_tiles,
+    load_parts,
+    store_parts,
+    tanh_of,
 )  # fmt: skip
 from ._ops import INTERPRETED, on_device_of, tl, triton, wrap_triton
 
