@@ -12,14 +12,14 @@ training. `scaled_dot_product_attention` has neither. The factors of tanh need n
 and the scale a * b.
 
 What holds, besides `written_out_attention`'s:
-- The mask is proven to be causal, a window, padding or all of them (`torch_fuse.graph.mask`); it comes after the cap and
-  before the sinks. A mask of other data stays.
+- The mask is proven to be causal, a window, padding or all of them (`torch_fuse.graph.mask`), after the cap and before
+  the sinks. A mask of other data stays.
 - A query without a key: with sinks, they take its whole weight, here as there. With a cap alone, it gets what the graph
   gives it (the mean of the values, or NaN); where gradients are needed and the mask is added, they would be others, and
   the site is refused.
 - What is subtracted from a whole row, its maximum, changes nothing, and is left out.
 
-Not measured yet: it is taken to win from the lengths on from which `written_out_attention` does, the work being the same.
+Not measured yet: it is taken to win from the lengths on from which `written_out_attention` does.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import math
 import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -41,7 +42,7 @@ from torch_fuse.graph.product import Operand
 from torch_fuse.graph.score_bias import EXCLUDING, excluded_value, is_moderate, read_by_proofs
 from torch_fuse.graph.score_mask import check_low
 from torch_fuse.graph.score_walk import Factor
-from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor
+from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor, value
 from torch_fuse.graph.written_attention import WrittenOut
 from torch_fuse.kernels import masked_attention
 from torch_fuse.options import Options
@@ -66,7 +67,7 @@ class _Site:
     Attributes:
         operands: query, key and value, key and value with as few heads as they have.
         mask: what it keeps.
-        scale: of the scores.
+        scale: of the scores, a number or, without a cap, a node of one.
         softcap: 0 for none.
         sinks: [H], or None.
         lonely: what queries without a key attend with: weights that are equal ("mean") or NaN ("nan"); "" when there
@@ -76,7 +77,7 @@ class _Site:
 
     operands: tuple[Operand, Operand, Operand]
     mask: Mask
-    scale: float
+    scale: Any
     softcap: float
     sinks: Node | None
     lonely: str
@@ -103,7 +104,7 @@ class SoftcapSinksAttention(Pattern):
         sinks = written.sinks
         site = _Site(operands, mask, scale, softcap, sinks, lonely, written.product.dims)
         given = [*(x.node for x in operands), *mask.sources.values(), *([] if sinks is None else [sinks])]
-        given += [] if source is None else [source]
+        given += [x for x in (source, scale) if isinstance(x, Node)]
         region = written.nodes | written.before | written.sink_nodes | repetition
         bindings = {"site": site, "fake_mode": view.fake_mode}
         return Match(anchor, bindings, (anchor,), region, tuple(dict.fromkeys(given)), _note(site, source))
@@ -116,7 +117,8 @@ class SoftcapSinksAttention(Pattern):
         assert q is not None and k is not None and v is not None and out is not None
         with no_guards(match.bindings["fake_mode"]):
             q, k, v = (x.permute(o.dims) for x, o in zip((q, k, v), site.operands, strict=True))
-            reason = masked_attention.supports(q, k, v, site.scale, site.softcap)
+            scale = 1.0 if isinstance(site.scale, Node) else site.scale
+            reason = masked_attention.supports(q, k, v, scale, site.softcap)
         if reason is not None:
             return f"the kernel cannot run: {reason}"
         if q.device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(q.device) < (8, 0)):
@@ -174,11 +176,14 @@ def _operands(written: WrittenOut) -> tuple[tuple[Operand, Operand, Operand], fr
     return (q, k, v), frozenset(repetition)
 
 
-def _scale_and_cap(written: WrittenOut, view: GraphView) -> tuple[float, float]:
+def _scale_and_cap(written: WrittenOut, view: GraphView) -> tuple[Any, float]:
+    given = written.factors[0] if len(written.factors) == 1 and written.cap is None else None
+    if given is not None and not given.divides and isinstance(value(given.number), torch.SymFloat):
+        return given.number, 0.0  # dynamic=True makes inputs of numbers; a cap is compiled into the kernel
+    outer = 0.0 if written.cap is None else _product(written.cap.factors, "soft cap", written, view)
     inner = _product(written.factors, "scale", written, view)
     if written.cap is None:
         return inner, 0.0
-    outer = _product(written.cap.factors, "soft cap", written, view)
     if not 0 < inner * outer < math.inf:
         raise Miss(f"the scores are scaled by {inner * outer}", written.node)
     return inner * outer, outer

@@ -219,18 +219,19 @@ def _through_unknown(node: Node, walk: Walk, name: str) -> tuple[Walk, Product] 
 
 def _joined(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Walk, Product] | None:
     """Over the cat of scores and sinks."""
-    first = call["tensors"][0] if isinstance(call["tensors"], (list, tuple)) else None
     joined = joined_sinks(call, found)
     if joined is None:
-        reason = "attention sinks: what is joined to the scores is not one number a head"
+        reason = "what is joined to the scores is not one number a head"
     elif not walk.drops_sinks or walk.sinks is not None:
-        reason = "attention sinks: their column is not dropped"
+        reason = "their column is not dropped"
     elif walk.touched:
-        reason = "attention sinks: the scores are changed after they are joined"
+        reason = "the scores are changed after they are joined"
     else:
-        _, sinks, between = joined
-        return _scores(first, walk.over(node, sinks=sinks, sink_nodes=between))
-    return _scores(first, walk.over(node, drops_sinks=False, refusal=walk.refuse(reason)))
+        scores, sinks, between = joined
+        return _scores(scores, walk.over(node, sinks=sinks, sink_nodes=between))
+    further = walk.over(node, drops_sinks=False, refusal=walk.refuse(f"attention sinks: {reason}"))
+    parts = call["tensors"] if isinstance(call["tensors"], (list, tuple)) else ()
+    return next((seen for part in parts if (seen := _scores(part, further)) is not None), None)
 
 
 def alike(a: Any, b: Any) -> bool:
