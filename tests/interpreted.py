@@ -25,6 +25,7 @@ from torch_fuse.patterns import (
 
 AUTO = Options(kernels="auto", unmeasured=True, on_error="raise")
 
+PATTERNS = ("norm_qkv_rope_attention", "gated_residual_norm", "masked_attention", "softcap_sinks_attention")
 SPELLINGS = {
     "half": Spelling(),
     "partial_interleaved": Spelling(rotary_dim=4, interleaved=True),
@@ -81,7 +82,7 @@ def two_written_out(x: Tensor, y: Tensor, sinks: Tensor, padding: Tensor) -> lis
             scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)], dim=-1)
             scores = scores - scores.max(dim=-1, keepdim=True).values
         weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        x = (weights[..., : k.shape[2]] @ v).transpose(1, 2).flatten(2)
+        x = ((weights[..., :-1] if layer == 1 else weights) @ v).transpose(1, 2).flatten(2)
         results.append(x)
     return results
 
@@ -113,15 +114,7 @@ def main() -> None:
     assert results["capped_and_sunk"].fused("softcap_sinks_attention") == 2, results["capped_and_sunk"].reasons
     told = {
         name: {
-            "fused": max(
-                r.fused(pattern)
-                for pattern in (
-                    "norm_qkv_rope_attention",
-                    "gated_residual_norm",
-                    "masked_attention",
-                    "softcap_sinks_attention",
-                )
-            ),  # fmt: skip
+            "fused": max(r.fused(pattern) for pattern in PATTERNS),
             "problems": r.problems,
             "report": r.reasons,
         }

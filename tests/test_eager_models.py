@@ -1,7 +1,4 @@
-"""Models of transformers with eager attention: every attention becomes SDPA or masked_attention, or stays with a reason.
-
-What they compute, and their gradients, agree.
-"""
+"""Models of transformers with eager attention: it becomes SDPA or masked_attention or stays with a reason, and agrees."""
 
 from __future__ import annotations
 
