@@ -1,4 +1,4 @@
-"""Models of transformers with eager attention: it becomes SDPA or masked_attention or stays with a reason, and agrees."""
+"""Models of transformers with eager attention: each site is fused, or stays with a reason, and agrees."""
 
 from __future__ import annotations
 
