@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 op = importlib.import_module("torch_fuse.kernels.uneven_head_attention")
-flash = importlib.import_module("torch_fuse.kernels._flash")
 
 SHAPES = [(1, 2048, 32, 80), (4, 1024, 32, 80), (1, 8192, 32, 80), (1, 2048, 32, 96), (1, 4096, 12, 48),
           (1, 2048, 16, 160)]  # fmt: skip
@@ -48,20 +47,8 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-class Direct:
-    """A kernel launched by Triton itself, which takes maxnreg; Inductor drops it."""
-
-    def __init__(self, kernel: Any, extra: dict[str, int]) -> None:
-        self.kernel, self.extra = kernel, extra
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, **kwargs: self.kernel[grid](*args, **kwargs, **self.extra)
-
-
-def ours(config: Any, maxnreg: int | None, tensors: tuple[Tensor, ...]) -> Tensor:
-    extra = {} if maxnreg is None else {"maxnreg": maxnreg}
-    direct = patch.object(flash, "wrap_triton", lambda kernel: Direct(kernel, extra))
-    with direct, patch.dict(op.CONFIGS, {tensors[0].shape[-1]: config}):
+def ours(config: Any, tensors: tuple[Tensor, ...]) -> Tensor:
+    with patch.dict(op.CONFIGS, {tensors[0].shape[-1]: (config, config)}):
         return op._forward(*tensors, True, tensors[0].shape[-1] ** -0.5)
 
 
@@ -70,22 +57,22 @@ def sdpa(backend: SDPBackend, tensors: tuple[Tensor, ...]) -> Tensor:
         return F.scaled_dot_product_attention(*tensors, is_causal=True)
 
 
-def configurations(sms: int) -> list[tuple[Any, int | None]]:
-    found = [(op.Config(*tile, stages, 0), None) for tile in TILES for stages in (2, 3)]
-    found += [(op.Config(*tile, 4, 0), None) for tile in ((64, 64, 4), (64, 32, 4))]
-    found += [(op.Config(*TILES[i], stages, 0), 128) for i in (0, 2, 6) for stages in (2, 3)]
-    found += [(op.Config(*tile, stages, 0), 168) for tile in TILES[:2] for stages in (2, 3)]
-    found += [(op.Config(*tile, 2, sms), None) for tile in TILES[:4]]
-    return found + [(op.Config(*TILES[i], 3, sms), 128) for i in (0, 2)]
+def configurations(sms: int) -> list[Any]:
+    found = [op.Config(*tile, stages) for tile in TILES for stages in (2, 3)]
+    found += [op.Config(*tile, 4) for tile in ((64, 64, 4), (64, 32, 4))]
+    found += [op.Config(*TILES[i], stages, 0, 128) for i in (0, 2, 6) for stages in (2, 3)]
+    found += [op.Config(*tile, stages, 0, 168) for tile in TILES[:2] for stages in (2, 3)]
+    found += [op.Config(*tile, 2, sms) for tile in TILES[:4]]
+    return found + [op.Config(*TILES[i], 3, sms, 128) for i in (0, 2)]
 
 
-def measure(shape: tuple[int, ...], tried: list[tuple[Any, int | None]], dry: bool, log: Log) -> list[Any]:
+def measure(shape: tuple[int, ...], tried: list[Any], dry: bool, log: Log) -> list[Any]:
     """Times the backends and the configurations; returns the configurations, best first."""
     tensors, us = make(shape, "cpu" if dry else "cuda"), {}
     wanted, floor = exact(*tensors), {"max": 2e-3, "rms": 2e-4}
-    names = {pair: f"{tuple(pair[0])} maxnreg={pair[1]}" for pair in tried}
+    names = {config: f"{tuple(config[:5])} maxnreg={config.maxnreg}" for config in tried}
     calls: dict[str, Any] = {} if dry else {name: lambda b=b: sdpa(b, tensors) for name, b in BACKENDS.items()}
-    calls |= {name: lambda pair=pair: ours(*pair, tensors) for pair, name in names.items()}
+    calls |= {name: lambda config=config: ours(config, tensors) for config, name in names.items()}
     for name, call in calls.items():
         try:
             found = error(call(), wanted)
@@ -99,7 +86,7 @@ def measure(shape: tuple[int, ...], tried: list[tuple[Any, int | None]], dry: bo
     useful = 2 * shape[0] * shape[2] * shape[1] ** 2 * shape[3]
     for name in sorted(us, key=us.__getitem__)[:8]:
         log.write(what="best", shape=shape, name=name, us=round(us[name], 1), tflops=round(useful / us[name] / 1e6))
-    return sorted(tried, key=lambda pair: us.get(names[pair], math.inf))[:8]
+    return sorted(tried, key=lambda config: us.get(names[config], math.inf))[:8]
 
 
 def main() -> None:
@@ -115,7 +102,7 @@ def main() -> None:
     others = configurations(sms) if flags.sweep else []
     for shape in shapes:
         shape = (1, 150, 2, shape[-1]) if flags.dry else shape
-        best = measure(shape, [*dict.fromkeys([(op.CONFIGS[shape[-1]], None), *others])], flags.dry, log)
+        best = measure(shape, [*dict.fromkeys([*op.CONFIGS[shape[-1]], *others])], flags.dry, log)
         others = best if flags.sweep else []
 
 

@@ -104,11 +104,12 @@ def main() -> None:
     parser.add_argument("--out", help="JSON lines are appended here")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--only", help="one shape: case,length,head_dim")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of self-attention, head dim 64")
     parser.add_argument("--seconds", type=float, default=480.0, help="start no measurement after this long")
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU: proves the script, measures nothing")
     flags = parser.parse_args()
     log, start = Log(flags.out), time.perf_counter()
-    shapes = [(name, n, n, 64) for n in LENGTHS for name in CASES]
+    shapes = [(name, n, n, 64) for n in flags.lengths for name in CASES]
     shapes += [(name, n, 1, 128) for n in (512, 4096) for name in ("plain", "bias")]  # one token at a time
     shapes += [(name, n, n, 128) for n in LENGTHS[::2] for name in CASES]
     if flags.only:

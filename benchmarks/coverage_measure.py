@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 PATTERN = "norm_qkv_rope_attention"
 LENGTHS = (12, 15)
+MORE_DRAWS = 6
 
 
 @dataclass
@@ -105,21 +106,40 @@ def _plain(site: Any) -> dict[str, str]:
 
 
 def _compared(case: Case, plain: nn.Module, compiled: Callable[..., Any], wrong: list[str]) -> dict[str, Any]:
-    """Forward and gradients of one length, next to the model as it is and to float64."""
+    """Forward and gradients of one length, next to the model as it is and to float64.
+
+    A result with a handful of elements, or one that is zero but for rounding (the gradient of a key's bias), may come
+    out right by chance. Where the rule seems broken, the errors of more cotangents are pooled.
+    """
     exact_model = in_float64(plain)
     owner = getattr(compiled, "_orig_mod", compiled)
-    with ExactMath():
-        exact = _with_gradients(case, exact_model, exact_model, to_float64)
-    unfused = _with_gradients(case, plain, plain)
-    fused = _with_gradients(case, compiled, owner)
-    forward = _ratio("output", exact["output"], unfused["output"], fused["output"], wrong)
-    worst, worst_name = 0.0, ""
-    for name in unfused:
-        if name != "output":
-            ratio = _ratio(name, exact[name], unfused[name], fused[name], wrong)
-            if ratio > worst:
-                worst, worst_name = ratio, name
-    return {"forward": forward, "gradient": worst, "gradient_of": worst_name, "gradients": len(unfused) - 1}
+    runs: list[tuple[dict[str, Any], ...]] = []
+    for seed in range(MORE_DRAWS):
+        with ExactMath():
+            exact = _with_gradients(case, exact_model, exact_model, seed, to_float64)
+        unfused = _with_gradients(case, plain, plain, seed)
+        runs.append((exact, unfused, _with_gradients(case, compiled, owner, seed)))
+        found: list[str] = []
+        row = _worst(runs, found)
+        if not found:
+            break
+    wrong += found
+    return row | {"draws": len(runs)}
+
+
+def _worst(runs: list[tuple[dict[str, Any], ...]], wrong: list[str]) -> dict[str, Any]:
+    """The ratios of errors to what is allowed, pooled over runs: of the output, and the largest of a gradient."""
+    worst, worst_name, forward = 0.0, "", 0.0
+    strides = difference_of_kind(runs[0][1]["output"], runs[0][2]["output"])
+    wrong += [f"output: {strides}"] if strides else []
+    for name in runs[0][1]:
+        pooled = [[run[kind][name] for run in runs] for kind in range(3)]
+        ratio = _ratio(name, *(None if values[0] is None else torch.stack(values) for values in pooled), wrong, False)
+        if name == "output":
+            forward = ratio
+        elif ratio > worst:
+            worst, worst_name = ratio, name
+    return {"forward": forward, "gradient": worst, "gradient_of": worst_name, "gradients": len(runs[0][1]) - 1}
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -132,13 +152,13 @@ def in_float64(model: nn.Module) -> nn.Module:
 
 
 def _with_gradients(
-    case: Case, model: Callable[..., Any], owner: nn.Module, convert: Callable[[Any], Any] = lambda x: x
+    case: Case, model: Callable[..., Any], owner: nn.Module, seed: int, convert: Callable[[Any], Any] = lambda x: x
 ) -> dict[str, Any]:
     """The output and the gradients of all parameters from one fixed cotangent."""
     owner.zero_grad()
     torch.manual_seed(0)
     output = main_output(model(**convert(case.inputs(LENGTHS[0]))))
-    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(100)).bfloat16()
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(100 + seed)).bfloat16()
     found: dict[str, Any] = {"output": output.detach()}
     if output.requires_grad:
         (output * cotangent.to(output.dtype)).sum().backward()
@@ -146,12 +166,12 @@ def _with_gradients(
     return found
 
 
-def _ratio(name: str, exact: Any, unfused: Any, fused: Any, wrong: list[str]) -> float:
+def _ratio(name: str, exact: Any, unfused: Any, fused: Any, wrong: list[str], strides: bool = True) -> float:
     """Error over what the numerics rule allows: at most 1 is right.
 
     Few elements may come out right by chance, so that the rule is given a floor: four roundings of the largest value.
     """
-    problem = difference_of_kind(unfused, fused, strides=name == "output") if unfused is not None else ""
+    problem = difference_of_kind(unfused, fused, strides=strides) if unfused is not None else ""
     if problem or (unfused is None) != (fused is None):
         wrong.append(f"{name}: {problem or 'no gradient, or one too many'}")
         return 0.0

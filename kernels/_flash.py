@@ -27,13 +27,17 @@ PARTS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128
 
 
 class Config(NamedTuple):
-    """A tile of queries, a tile of keys, and how they are run; the benchmarks' --sweep tries others."""
+    """A tile of queries, a tile of keys, and how they are run; the benchmarks' --sweep tries others.
+
+    A limit of registers a thread needs an opaque op: Inductor drops it when it launches the kernel itself.
+    """
 
     block_m: int = 64
     block_n: int = 64
     num_warps: int = 4
     num_stages: int = 3
     wave: int = 0
+    maxnreg: int | None = None
 
 
 class Band(NamedTuple):
@@ -162,7 +166,7 @@ def _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, keep, j, solid, full
 
 
 @triton.jit
-def _kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep_b, ranges, ranges_b, out, lse,
+def kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep_b, ranges, ranges_b, out, lse,
             batch, q_length, length, log2_scale, sinks, H: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr,
             D2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr,
             HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, LSE: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -245,24 +249,36 @@ def output(q: Tensor) -> Tensor:
     return q.new_empty(batch, length, heads, dim)
 
 
+def call(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, band: Band, scale: float,
+         config: Config, out: Tensor, lse: Tensor | None = None, softcap: float = 0.0,
+         sinks: Tensor | None = None) -> tuple[int, list[Any], dict[str, Any]]:  # fmt: skip
+    """How to launch `kernel`: grid, arguments and constants."""
+    batch, heads, length, dim = q.shape
+    d1, d2 = PARTS[int(dim)]
+    keep, ranges = (q, q) if key_keep is None or key_range is None else (key_keep, key_range)
+    arguments = [
+        q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
+        keep, batch_stride(keep), ranges, batch_stride(ranges), out, out if lse is None else lse,
+        batch, length, k.shape[2], scale * math.log2(math.e), q if sinks is None else sinks,
+    ]  # fmt: skip
+    constants = {
+        "H": int(heads), "GROUP": int(heads) // int(k.shape[1]), "D1": d1, "D2": d2, **band.arguments(),
+        "KEEP": key_keep is not None, "LSE": lse is not None, "SOFTCAP": float(softcap), "SINKS": sinks is not None,
+        "WAVE": config.wave, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "INTERPRET": INTERPRETED,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+        **({} if config.maxnreg is None else {"maxnreg": config.maxnreg}),
+    }  # fmt: skip
+    return triton.cdiv(length, config.block_m) * batch * heads, arguments, constants
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, band: Band,
            scale: float, config: Config, lse: Tensor | None = None, softcap: float = 0.0,
            sinks: Tensor | None = None) -> Tensor:  # fmt: skip
     """Launches the kernel: [B, S_q, H, D] in memory, and its log-sum-exp in units of log2 into `lse` [B, H, S_q]."""
     out = output(q)
-    batch, heads, length, dim = q.shape
-    d1, d2 = PARTS[int(dim)]
-    keep, ranges = (q, q) if key_keep is None or key_range is None else (key_keep, key_range)
+    grid, arguments, constants = call(q, k, v, key_keep, key_range, band, scale, config, out, lse, softcap, sinks)
     with on_device_of(q):
-        wrap_triton(_kernel)[(triton.cdiv(length, config.block_m) * batch * heads,)](
-            q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
-            keep, batch_stride(keep), ranges, batch_stride(ranges), out, out if lse is None else lse,
-            batch, length, k.shape[2], scale * math.log2(math.e), q if sinks is None else sinks,
-            H=int(heads), GROUP=int(heads) // int(k.shape[1]), D1=d1, D2=d2, **band.arguments(),
-            KEEP=key_keep is not None, LSE=lse is not None, SOFTCAP=float(softcap), SINKS=sinks is not None,
-            WAVE=config.wave, BLOCK_M=config.block_m, BLOCK_N=config.block_n, INTERPRET=INTERPRETED,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        wrap_triton(kernel)[(grid,)](*arguments, **constants)
     return out
 
 

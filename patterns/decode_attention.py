@@ -23,17 +23,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from torch_fuse._compat import op_overload
-from torch_fuse.graph import memory
 from torch_fuse.graph.attention import Attention, expanded_heads
 from torch_fuse.graph.cache import Append, match_append, match_counter, readers_before
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.heads import Heads, match_heads
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, same_shape, static_int, storages, tensor, unequal
-from torch_fuse.kernels import decode_attention, in_memory
+from torch_fuse.kernels import decode_attention
 from torch_fuse.options import Options
-from torch_fuse.patterns.norm_qkv_rope_attention import _check_same_rope, _emit_heads, _emit_table
+from torch_fuse.patterns._once import once
+from torch_fuse.patterns.norm_qkv_rope_attention import check_same_rope, emit_heads, emit_table
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -66,7 +65,7 @@ class DecodeAttention(Pattern):
         if query.rope is None or key.rope is None:
             query, key = _unturned(attention.query, query), _unturned(keys.source, key)
         else:
-            _check_same_rope(query, key, view)
+            check_same_rope(query, key, view)
         counter = match_counter(keys.positions, view.order, anchor)
         region = {anchor, keys.write, values.write, *key_nodes, *value_nodes, *query.nodes, *key.nodes}
         if counter is not None:
@@ -104,8 +103,8 @@ class DecodeAttention(Pattern):
             _emit_new(query, builder),
             _emit_new(key, builder),
             _with_lanes(builder.call("transpose", found["values"].source, 1, 2), builder),
-            None if rope is None else _once(_emit_table(rope.cos, 1, query, builder), builder),
-            None if rope is None else _once(_emit_table(rope.sin, rope.sin_sign, query, builder), builder),
+            None if rope is None else once(emit_table(rope.cos, 1, query, builder, options), builder),
+            None if rope is None else once(emit_table(rope.sin, rope.sin_sign, query, builder, options), builder),
             found["keys"].cache,
             found["values"].cache,
             None if counter is None else counter.length,
@@ -195,7 +194,7 @@ def _unturned(node: Node, heads: Heads) -> Heads:
 
 
 def _emit_new(heads: Heads, builder: Builder) -> Node:
-    return _with_lanes(_emit_heads(heads, builder), builder)
+    return _with_lanes(emit_heads(heads, builder), builder)
 
 
 def _with_lanes(node: Node, builder: Builder) -> Node:
@@ -209,12 +208,7 @@ def _emit_mask(mask: Node, builder: Builder) -> Node:
     node = mask
     for _ in range(4 - found.dim()):
         node = builder.shared("unsqueeze", node, 0)
-    return _once(node, builder)
-
-
-def _once(node: Node, builder: Builder) -> Node:
-    """A value that all layers share, in memory."""
-    return node if memory.in_memory(node) else builder.shared(op_overload(in_memory.in_memory), node)
+    return once(node, builder)
 
 
 # -- examples ------------------------------------------------------------------------------------------------------

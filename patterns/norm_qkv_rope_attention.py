@@ -29,6 +29,7 @@ from torch_fuse.graph.unrotated import not_understood
 from torch_fuse.graph.values import equal, size_hint, static_int, tensor
 from torch_fuse.kernels import qk_norm_rope
 from torch_fuse.options import Options
+from torch_fuse.patterns._once import once
 from torch_fuse.patterns._rope_in_place import emit_in_place, match_in_place
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
@@ -58,7 +59,7 @@ class NormQkvRopeAttention(Pattern):
         if query.rope is None and key.rope is None:
             _check_nothing_missed(attention.query, attention.key)
             return None
-        _check_same_rope(query, key, view)
+        check_same_rope(query, key, view)
         if not _same_norm(query, key):
             query, key = query.without_norm(), key.without_norm()
         assert query.rope is not None and key.rope is not None
@@ -100,8 +101,8 @@ class NormQkvRopeAttention(Pattern):
         query, key = match.bindings["query"], match.bindings["key"]
         rope = query.rope
         if match.bindings["in_place"]:
-            cos = _emit_table(rope.cos, 1, query, builder)
-            sin = _emit_table(rope.sin, rope.sin_sign, query, builder)
+            cos = emit_table(rope.cos, 1, query, builder, options)
+            sin = emit_table(rope.sin, rope.sin_sign, query, builder, options)
             reference = options.kernels == "reference"
             emitted = [emit_in_place(p, query, cos, sin, reference, builder) for p in match.bindings["in_place"]]
             return {old: new for made in emitted for old, new in made.items()}
@@ -109,12 +110,12 @@ class NormQkvRopeAttention(Pattern):
         norm = query.norm
         both = builder.call(
             op,
-            _emit_heads(query, builder),
-            _emit_heads(key, builder),
+            emit_heads(query, builder),
+            emit_heads(key, builder),
             _emit_weight(query, builder),
             _emit_weight(key, builder),
-            _emit_table(rope.cos, 1, query, builder),
-            _emit_table(rope.sin, rope.sin_sign, query, builder),
+            emit_table(rope.cos, 1, query, builder, options),
+            emit_table(rope.sin, rope.sin_sign, query, builder, options),
             _norm_name(query),
             0.0 if norm is None else norm.eps,
             0.0 if norm is None else norm.weight_offset,
@@ -149,7 +150,7 @@ def _check_nothing_missed(*values: Node) -> None:
             raise Miss(f"query or key is computed with {name}, which is not understood: it may be rotated", found)
 
 
-def _check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
+def check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
     q, k = query.rope, key.rope
     if q is None or k is None:
         raise Kept(
@@ -241,7 +242,7 @@ def _table_shape(table: Node, heads: Heads) -> list[Any]:
 # -- emitting ------------------------------------------------------------------------------------------------------
 
 
-def _emit_heads(heads: Heads, builder: Builder) -> Node:
+def emit_heads(heads: Heads, builder: Builder) -> Node:
     """The projection's result as [B, S, H, head_dim]."""
     node = heads.source
     for view in heads.views:
@@ -269,8 +270,11 @@ def _emit_weight(heads: Heads, builder: Builder) -> Node | None:
     return builder.call("contiguous", weight)
 
 
-def _emit_table(table: Node, sign: int, heads: Heads, builder: Builder) -> Node:
-    """sign * table as [B or 1, S, lanes]; a complex one with real and imaginary parts next to each other."""
+def emit_table(table: Node, sign: int, heads: Heads, builder: Builder, options: Options) -> Node:
+    """sign * table as [B or 1, S, lanes]; a complex one with real and imaginary parts next to each other.
+
+    On a GPU it is computed once for all layers, where Inductor would compute it anew every few layers.
+    """
     found = tensor(table)
     assert found is not None
     call, dims = call_of(table), found.dim()
@@ -282,7 +286,8 @@ def _emit_table(table: Node, sign: int, heads: Heads, builder: Builder) -> Node:
         for _ in range(4 - dims):
             node = builder.shared("unsqueeze", node, 0)
         node = builder.shared("select", node, heads.axes[1], 0)
-    return node if sign == 1 else builder.call("neg", node)
+    node = node if sign == 1 else builder.shared("neg", node)
+    return node if options.kernels == "reference" or found.device.type == "cpu" else once(node, builder)
 
 
 def _emit_result(heads: Heads, node: Node, builder: Builder) -> Node:

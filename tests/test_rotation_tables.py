@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Comparison, compare
+from harness import Comparison, Rewriter, compare, rewritten
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from torch_fuse import Options
 
 PATTERN = "norm_qkv_rope_attention"
 B, S, H, D, R = 2, 5, 2, 16, 8
@@ -156,3 +159,24 @@ def test_autocast_that_is_turned_off_in_a_region_is_not_idle_where_it_is_on_arou
 
     ((status, reason),) = sites(compared(body))
     assert status == "missed" and reason.startswith("autocast or grad mode changes inside the region")
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_all_layers_share_one_table_in_memory(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Off the CPU: Inductor would compute the table anew for every few of the ops that read it."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    module = importlib.import_module("torch_fuse.patterns.norm_qkv_rope_attention")
+    monkeypatch.setattr(module.qk_norm_rope, "supports", lambda *_: None)
+    monkeypatch.setattr(module, "MIN_TOKENS", 0)
+    config = GPTNeoXConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8,
+                           vocab_size=8, rotary_pct=0.25)  # fmt: skip
+    with torch.device("meta"):
+        model, tokens = GPTNeoXForCausalLM(config), torch.zeros(1, 8, dtype=torch.long)
+    rewriter = Rewriter(Options(on_error="raise"))
+    with torch.set_grad_enabled(grad):
+        rewritten(model, rewriter)(tokens, use_cache=False)
+    (graph,) = rewriter.graphs
+    targets = [node.target for node in graph.graph.nodes]
+    assert rewriter.report.counts()[PATTERN] == {"fused": 3}
+    assert targets.count(torch.ops.torch_fuse.in_memory.default) == 2
