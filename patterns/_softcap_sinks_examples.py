@@ -46,6 +46,7 @@ def near_misses() -> Iterator[Example]:
     yield Example("cap_and_padding_added_with_gradients", _heads(_capped_padding, _padding), fuses=False)
     yield Example("cap_and_a_mask_of_unknown_values", _heads(_capped_plus, _numbers), fuses=False)
     yield Example("sinks_and_a_mask_of_unknown_values", _heads(_sunk_plus, _sinks, _numbers), fuses=False)
+    yield Example("sinks_and_absent_queries", _heads(_absent_queries, _sinks, _padding), fuses=False)
     yield Example("sinks_that_may_be_infinite", _heads(_sunk_padding, _infinite, _padding), fuses=False)
 
 
@@ -249,6 +250,12 @@ def _detached_maximum(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
 
 def _sunk_padding(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, padding: Tensor) -> Tensor:
     return _sink(q @ k.mT + _present(q, padding), _column(sinks, q), v)
+
+
+def _absent_queries(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, padding: Tensor) -> Tensor:
+    """Queries of absent tokens attend to the sink alone."""
+    keep = (padding[:, None, None, :] != 0) & (padding[:, None, :, None] != 0) & ~_later(q)
+    return _sink((q @ k.mT).masked_fill(~keep, -math.inf), _column(sinks, q), v)
 
 
 def _sunk_plus(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor) -> Tensor:

@@ -228,6 +228,8 @@ def _mask(written: WrittenOut, view: GraphView) -> tuple[Mask, Node | None, str]
     for looked_at in read:
         view.order.check_unwritten(read_by_proofs(looked_at), view.order.index[anchor])
     mask = view.mask_meaning(node, anchor, inverted=inverted, any_row=True)
+    if mask != Mask(left=mask.left, right=mask.right, keys=mask.keys, sources=mask.sources, rank=mask.rank):
+        raise Miss("the mask says more than which keys a query sees", node)
     check_sources(mask)
     view.order.check_unwritten(list(mask.sources.values()), view.order.index[anchor])
     return mask, node, _lonely(written, view, node, low, inverted)

@@ -58,6 +58,7 @@ REASONS = {
     "cap_and_padding_added_with_gradients": "may exclude every key: its gradients are others then",
     "cap_and_a_mask_of_unknown_values": "the mask depends on the values of input",
     "sinks_and_a_mask_of_unknown_values": "the mask depends on the values of input",
+    "sinks_and_absent_queries": "the mask",
     "sinks_that_may_be_infinite": "whether the sinks are finite is not known",
     "column_not_dropped": "their column is not dropped",
     "first_column_dropped": "a part of the attention weights is taken",

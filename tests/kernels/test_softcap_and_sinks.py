@@ -199,6 +199,22 @@ def test_a_cap_that_leaves_nothing_of_the_kernels_precision_is_left_to_the_refer
     torch.testing.assert_close(capped, op(q, k, v, None, None, None, 0, 0.1, 100.0)[0], rtol=0.01, atol=0.01)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_inductor_launches_the_kernels_with_caps_and_sinks() -> None:
+    tensors = [*inputs(length=130, kv=1, dtype=torch.bfloat16), sinks_of(2, torch.bfloat16)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
+        return op(q, k, v, None, None, 70, 0, 0.2, 5.0, sinks)[0]
+
+    def run(call: Any) -> list[Tensor]:
+        out = call(*tensors)
+        return [out, *torch.autograd.grad(out.float().square().sum(), tensors)]
+
+    for a, b in zip(run(torch.compile(attend)), run(attend), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
 def test_kernels_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
