@@ -83,7 +83,7 @@ def test_outputs_and_gradients_agree(name: str, dtype: torch.dtype) -> None:
     assert not result.problems, result.reasons
 
 
-@pytest.mark.parametrize("name", SOFTCAP_SINKS)
+@pytest.mark.parametrize("name", ["Gemma2", "GptOss"])
 def test_padding_of_capped_scores_and_with_sinks_agrees(name: str) -> None:
     for grad in (False, True):
         result = compare(build(name), kwargs=padded(name), draws=1, grad=grad)
