@@ -1,8 +1,9 @@
-"""uneven_head_attention against PyTorch's backends: error against exact attention, then microseconds a call.
+"""dense_attention against PyTorch's backends: error against exact attention, then microseconds a call.
 
-    python benchmarks/bench_attention.py --out results.jsonl [--sweep] [--only 1,2048,32,80]
+    python benchmarks/bench_attention.py --out results.jsonl [--sweep] [--only 1,2048,2048,32,32,80,1]
 
-Causal, bf16; q and k are [B, S, H, D] in memory, v is a view into the projection [B, S, H, 3 * D], as GPT-NeoX has it.
+Bf16; q and k are [B, S, H, D] in memory, v is a view into the projection [B, S, H, 3 * D], as GPT-NeoX has it. A shape
+is batch, queries, keys, heads, key heads, head dim, whether it is causal.
 Times are medians of CUDA graphs, so without launches. `--sweep` tries configurations (all for the first shape, its
 best eight for the others) and goes on when one fails. `--dry` proves the script on a CPU, with TRITON_INTERPRET=1.
 """
@@ -19,62 +20,99 @@ from common import Log, captured, error, interleaved_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-op = importlib.import_module("torch_fuse.kernels.uneven_head_attention")
+op = importlib.import_module("torch_fuse.kernels.dense_attention")
+flash = importlib.import_module("torch_fuse.kernels._flash")
+hopper = importlib.import_module("torch_fuse.kernels._hopper_flash")
 
-SHAPES = [(1, 2048, 32, 80), (4, 1024, 32, 80), (1, 8192, 32, 80), (1, 2048, 32, 96), (1, 4096, 12, 48),
-          (1, 2048, 16, 160)]  # fmt: skip
+SHAPES = [
+    (1, 2048, 2048, 32, 32, 80, 1), (4, 1024, 1024, 32, 32, 80, 1), (1, 8192, 8192, 32, 32, 80, 1),
+    (1, 2048, 2048, 32, 32, 96, 1), (1, 8192, 8192, 32, 32, 96, 1), (1, 4096, 4096, 12, 12, 48, 1),
+    (1, 2048, 2048, 16, 16, 160, 1), (1, 1024, 1024, 12, 12, 64, 1), (1, 2048, 2048, 12, 12, 64, 1),
+    (4, 2048, 2048, 16, 16, 64, 1), (2, 2048, 2048, 8, 8, 64, 0), (16, 2048, 2048, 12, 12, 64, 0),
+    (1, 8192, 8192, 16, 16, 64, 0), (1, 1024, 1024, 32, 8, 128, 1), (1, 2048, 2048, 32, 8, 128, 1),
+    (4, 1024, 1024, 16, 16, 128, 1), (1, 4096, 4096, 32, 8, 128, 1), (1, 8192, 8192, 32, 8, 128, 1),
+    (1, 1560, 1560, 12, 12, 128, 0), (1, 7800, 7800, 12, 12, 128, 0), (1, 32760, 32760, 12, 12, 128, 0),
+    (1, 7800, 512, 12, 12, 128, 0), (1, 32760, 512, 12, 12, 128, 0), (2, 1024, 1024, 24, 24, 128, 0),
+]  # fmt: skip
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}  # flash sets the error allowed
 TILES = [(64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (64, 32, 4), (128, 64, 4), (128, 32, 8)]
 INNER = 8  # calls in one CUDA graph
 
 
 def make(shape: tuple[int, ...], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, heads, dim = shape
+    batch, queries, keys, heads, kv_heads, dim, _ = shape
     # Triton's interpreter multiplies the bits of bfloat16 as integers.
     options: Any = {"device": device, "dtype": torch.bfloat16 if device == "cuda" else torch.float16}
-    q, k = (torch.randn(batch, length, heads, dim, **options).transpose(1, 2) for _ in range(2))
-    return q, k, torch.randn(batch, length, heads, 3 * dim, **options)[..., 2 * dim :].transpose(1, 2)
+    q = torch.randn(batch, queries, heads, dim, **options).transpose(1, 2)
+    k = torch.randn(batch, keys, kv_heads, dim, **options).transpose(1, 2)
+    return q, k, torch.randn(batch, keys, kv_heads, 3 * dim, **options)[..., 2 * dim :].transpose(1, 2)
 
 
-def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention in float64 (float32 for long sequences), head by head."""
+def exact(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Attention in float64 (float32 for long sequences), head by head."""
     dtype = torch.float64 if q.shape[2] <= 2048 else torch.float32
-    later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
-    for at in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
-        scores = (q[at].to(dtype) @ k[at].to(dtype).T).mul_(q.shape[-1] ** -0.5)
-        out[at] = scores.masked_fill_(later, -math.inf).softmax(-1) @ v[at].to(dtype)
+    group = q.shape[1] // k.shape[1]
+    for b, h in ((b, h) for b in range(q.shape[0]) for h in range(q.shape[1])):
+        scores = (q[b, h].to(dtype) @ k[b, h // group].to(dtype).T).mul_(q.shape[-1] ** -0.5)
+        if causal:
+            scores.masked_fill_(torch.ones_like(scores, dtype=torch.bool).triu_(1), -math.inf)
+        out[b, h] = scores.softmax(-1) @ v[b, h // group].to(dtype)
     return out
 
 
-def ours(config: Any, tensors: tuple[Tensor, ...]) -> Tensor:
-    with patch.dict(op.CONFIGS, {tensors[0].shape[-1]: (config, config)}):
-        return op._forward(*tensors, True, tensors[0].shape[-1] ** -0.5)
+def ours(config: Any, tensors: tuple[Tensor, ...], causal: bool) -> Any:
+    """A call of the op with this configuration only."""
+    dim = tensors[0].shape[-1]
+    on_hopper = isinstance(config, hopper.Config)
+    triton, other = op.TRITON[dim], (config, config) if on_hopper else (None, None)
+    with patch.dict(op.TRITON, {dim: triton if on_hopper else (config, config)}), patch.dict(op.HOPPER, {dim: other}):
+        op._launches.clear()
+        op._forward(*tensors, causal, dim**-0.5)
+    launches = dict(op._launches)
+
+    def call() -> Tensor:
+        op._launches.update(launches)
+        return op._forward(*tensors, causal, dim**-0.5)
+
+    return call
 
 
-def sdpa(backend: SDPBackend, tensors: tuple[Tensor, ...]) -> Tensor:
+def sdpa(backend: SDPBackend, tensors: tuple[Tensor, ...], causal: bool) -> Tensor:
+    grouped = tensors[0].shape[1] != tensors[1].shape[1]
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(*tensors, is_causal=True)
+        return F.scaled_dot_product_attention(*tensors, is_causal=causal, enable_gqa=grouped)
 
 
 def configurations(sms: int) -> list[Any]:
-    found = [op.Config(*tile, stages) for tile in TILES for stages in (2, 3)]
-    found += [op.Config(*tile, 4) for tile in ((64, 64, 4), (64, 32, 4))]
-    found += [op.Config(*TILES[i], stages, 0, 128) for i in (0, 2, 6) for stages in (2, 3)]
-    found += [op.Config(*tile, stages, 0, 168) for tile in TILES[:2] for stages in (2, 3)]
-    found += [op.Config(*tile, 2, sms) for tile in TILES[:4]]
-    return found + [op.Config(*TILES[i], 3, sms, 128) for i in (0, 2)]
+    found = [flash.Config(*tile, stages) for tile in TILES for stages in (2, 3)]
+    found += [flash.Config(*TILES[i], stages, 0, 128) for i in (0, 2) for stages in (2, 3)]
+    found += [flash.Config(*tile, stages, 0, 168) for tile in TILES[:2] for stages in (2, 3)]
+    found += [flash.Config(*TILES[i], 3, sms, 128) for i in (0, 2)]
+    found += [hopper.Config(1, tile, stages, 240, 128) for tile, stages in ((64, 3), (64, 4), (128, 2))]
+    found += [hopper.Config(2, 128, stages) for stages in (2, 3)]
+    return [*found, hopper.Config(3, 128, 2, 160), hopper.Config(3, 64, 3, 160)]
+
+
+def chosen(shape: tuple[int, ...]) -> list[Any]:
+    """What the op may run."""
+    configs = [*op.HOPPER.get(shape[5], ()), *op.TRITON[shape[5]]]
+    return [*dict.fromkeys(config for config in configs if config is not None)]
 
 
 def measure(shape: tuple[int, ...], tried: list[Any], dry: bool, log: Log) -> list[Any]:
     """Times the backends and the configurations; returns the configurations, best first."""
-    tensors, us = make(shape, "cpu" if dry else "cuda"), {}
-    wanted, floor = exact(*tensors), {"max": 2e-3, "rms": 2e-4}
-    names = {config: f"{tuple(config[:5])} maxnreg={config.maxnreg}" for config in tried}
-    calls: dict[str, Any] = {} if dry else {name: lambda b=b: sdpa(b, tensors) for name, b in BACKENDS.items()}
-    calls |= {name: lambda config=config: ours(config, tensors) for config, name in names.items()}
-    for name, call in calls.items():
+    tensors, us, causal = make(shape, "cpu" if dry else "cuda"), {}, bool(shape[6])
+    wanted, floor = exact(*tensors, causal), {"max": 2e-3, "rms": 2e-4}
+    kinds = {flash.Config: "triton", hopper.Config: "hopper"}
+    names = {config: f"{kinds[type(config)]} {tuple(config)}" for config in tried}
+    makers: dict[str, Any] = {}
+    if not dry:
+        makers = {name: lambda b=b: lambda: sdpa(b, tensors, causal) for name, b in BACKENDS.items()}
+    makers |= {name: lambda config=config: ours(config, tensors, causal) for config, name in names.items()}
+    for name, maker in makers.items():
         try:
+            call = maker()
             found = error(call(), wanted)
             floor = found if name == "flash" else floor
             right = all(found[key] <= 2 * floor[key] + 1e-5 for key in floor)  # NaN is wrong too
@@ -83,7 +121,7 @@ def measure(shape: tuple[int, ...], tried: list[Any], dry: bool, log: Log) -> li
             log.write(what="attention" if right else "WRONG", shape=shape, name=name, us=us[name], **found)
         except Exception as problem:  # does not compile, too much shared memory, refused by the backend
             log.write(what="failed", shape=shape, name=name, error=f"{type(problem).__name__}: {problem}"[:300])
-    useful = 2 * shape[0] * shape[2] * shape[1] ** 2 * shape[3]
+    useful = (2 if causal else 4) * shape[0] * shape[1] * shape[2] * shape[3] * shape[5]
     for name in sorted(us, key=us.__getitem__)[:8]:
         log.write(what="best", shape=shape, name=name, us=round(us[name], 1), tflops=round(useful / us[name] / 1e6))
     return sorted(tried, key=lambda config: us.get(names[config], math.inf))[:8]
@@ -92,7 +130,7 @@ def measure(shape: tuple[int, ...], tried: list[Any], dry: bool, log: Log) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON lines are appended here")
-    parser.add_argument("--only", help="one shape: batch,length,heads,head_dim")
+    parser.add_argument("--only", help="one shape")
     parser.add_argument("--sweep", action="store_true", help="also try other configurations")
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU: proves the script, measures nothing")
     flags = parser.parse_args()
@@ -101,8 +139,9 @@ def main() -> None:
     sms = 4 if flags.dry else torch.cuda.get_device_properties(0).multi_processor_count
     others = configurations(sms) if flags.sweep else []
     for shape in shapes:
-        shape = (1, 150, 2, shape[-1]) if flags.dry else shape
-        best = measure(shape, [*dict.fromkeys([*op.CONFIGS[shape[-1]], *others])], flags.dry, log)
+        shape = (1, 150, 150, 2, 2, *shape[5:]) if flags.dry else shape
+        tried = [config for config in chosen(shape) + others if not (flags.dry and isinstance(config, hopper.Config))]
+        best = measure(shape, [*dict.fromkeys(tried)], flags.dry, log)
         others = best if flags.sweep else []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -40,14 +41,22 @@ def interleaved_ms(
     The calls take turns, `rounds` times: the device rests for `rest_s`, then a call is warmed up and timed `reps`
     times in a row. Without a rest, a GPU at its power limit runs at lower clocks.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    found = interleaved_rounds_ms(calls, reps, warmup, rounds, rest_s)
+    return {name: statistics.median(itertools.chain(*times)) for name, times in found.items()}
+
+
+def interleaved_rounds_ms(
+    calls: dict[str, Callable[[], Any]], reps: int = 8, warmup: int = 3, rounds: int = 3, rest_s: float = 0.0
+) -> dict[str, list[list[float]]]:
+    """The milliseconds that `interleaved_ms` has the median of: of each call, a list for each round."""
+    times: dict[str, list[list[float]]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
             time.sleep(rest_s)
             for _ in range(warmup):
                 call()
-            times[name] += [_once_ms(call) for _ in range(reps)]
-    return {name: statistics.median(found) for name, found in times.items()}
+            times[name].append([_once_ms(call) for _ in range(reps)])
+    return times
 
 
 def _once_ms(call: Callable[[], Any]) -> float:

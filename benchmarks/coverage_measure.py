@@ -114,32 +114,37 @@ def _compared(case: Case, plain: nn.Module, compiled: Callable[..., Any], wrong:
     exact_model = in_float64(plain)
     owner = getattr(compiled, "_orig_mod", compiled)
     runs: list[tuple[dict[str, Any], ...]] = []
+    ratios: dict[str, float] = {}
+    problems: dict[str, list[str]] = {}
     for seed in range(MORE_DRAWS):
         with ExactMath():
             exact = _with_gradients(case, exact_model, exact_model, seed, to_float64)
-        unfused = _with_gradients(case, plain, plain, seed)
-        runs.append((exact, unfused, _with_gradients(case, compiled, owner, seed)))
-        found: list[str] = []
-        row = _worst(runs, found)
-        if not found:
+        found = (
+            exact,
+            _with_gradients(case, plain, plain, seed),
+            _with_gradients(case, compiled, owner, seed),
+        )
+        if not runs:
+            strides = difference_of_kind(found[1]["output"], found[2]["output"])
+            wrong += [f"output: {strides}"] if strides else []
+        names = list(found[1]) if not runs else list(problems)
+        runs.append(tuple({name: results[name] for name in names} for results in found))
+        problems = {}
+        for name in names:
+            pooled = [[run[kind][name] for run in runs] for kind in range(3)]
+            tensors = [None if values[0] is None else torch.stack(values) for values in pooled]
+            problem: list[str] = []
+            ratios[name] = _ratio(name, *tensors, problem, strides=False)
+            if problem:
+                problems[name] = problem
+        if not problems:
             break
-    wrong += found
-    return row | {"draws": len(runs)}
-
-
-def _worst(runs: list[tuple[dict[str, Any], ...]], wrong: list[str]) -> dict[str, Any]:
-    """The ratios of errors to what is allowed, pooled over runs: of the output, and the largest of a gradient."""
-    worst, worst_name, forward = 0.0, "", 0.0
-    strides = difference_of_kind(runs[0][1]["output"], runs[0][2]["output"])
-    wrong += [f"output: {strides}"] if strides else []
-    for name in runs[0][1]:
-        pooled = [[run[kind][name] for run in runs] for kind in range(3)]
-        ratio = _ratio(name, *(None if values[0] is None else torch.stack(values) for values in pooled), wrong, False)
-        if name == "output":
-            forward = ratio
-        elif ratio > worst:
-            worst, worst_name = ratio, name
-    return {"forward": forward, "gradient": worst, "gradient_of": worst_name, "gradients": len(runs[0][1]) - 1}
+        runs = [tuple({name: results[name] for name in problems} for results in run) for run in runs]
+    wrong += [line for lines in problems.values() for line in lines]
+    forward = ratios.pop("output")
+    worst = max(ratios, key=ratios.__getitem__, default="")
+    return {"forward": forward, "gradient": ratios.get(worst, 0.0), "gradient_of": worst, "gradients": len(ratios),
+            "draws": len(runs)}  # fmt: skip
 
 
 def in_float64(model: nn.Module) -> nn.Module:
@@ -181,14 +186,16 @@ def _ratio(name: str, exact: Any, unfused: Any, fused: Any, wrong: list[str], st
     a, b = (x[finite].double() - exact[finite].double() for x in (unfused, fused))
     floor = 4 * torch.finfo(unfused.dtype).eps
     size_of = {"largest": largest, "rms": rms}
-    ratio = max(size(b) / (2 * size(a) + size(noise) + floor * size(exact[finite])) for size in size_of.values())
+    ratio = max(
+        size(b) / max(2 * size(a) + size(noise) + floor * size(exact[finite]), 1e-300) for size in size_of.values()
+    )  # all of them are zero where the result is
     if not ratio <= 1:
         wrong.append(f"{name}: {ratio:.3g} times the error that the rule allows")
     return round(ratio, 3)
 
 
 def _half(case: Case, wrong: list[str]) -> dict[str, Any]:
-    """The forward in bfloat16."""
+    """The forward in bfloat16, if the model takes it as it is."""
     model = copy.deepcopy(case.model).bfloat16()
     own, found = Rewriter(), []
     compiled = rewritten(copy.deepcopy(model), own)
@@ -200,7 +207,11 @@ def _half(case: Case, wrong: list[str]) -> dict[str, Any]:
     with torch.no_grad():
         with ExactMath():
             exact = main_output(in_float64(model)(**to_float64(given)))
-        unfused, fused = main_output(model(**given)), main_output(compiled(**given))
+        try:
+            unfused = main_output(model(**given))
+        except RuntimeError as error:
+            return {"problem": f"as it is: {error}"[:200]}
+        fused = main_output(compiled(**given))
     forward = _ratio("output", exact, unfused, fused, found)
     wrong += [f"bf16 {problem}" for problem in found]
     return {"forward": forward, "fused": _sites(own)["fused"]}

@@ -85,30 +85,41 @@ def define_opaque_op(name: str, fn: Callable[..., Any], fake: Callable[..., Any]
 class Launch:
     """A launch of a Triton kernel that can be made again with other tensors, without Triton's 20 us of work on each.
 
-    Everything that is no tensor stays as it is; tensors have to have the dtypes, devices and alignments (to 16 bytes)
-    of those before. Making one launches the kernel.
+    Everything that is no tensor stays as it is; tensors have to have the shapes, strides, dtypes, devices and
+    alignments (to 16 bytes) of those before. Making one launches the kernel.
 
     Args:
-        kernel: a `triton.jit` function, its constants last.
+        kernel: a `triton.jit` or `gluon.jit` function, its constants last.
         grid: number of programs.
-        arguments: what it is called with, in order, without the constants.
+        arguments: what it is called with, in order, without the constants: tensors, descriptors of tensors, numbers.
         constants: the kernel's constants, and options of the compiler.
     """
 
     def __init__(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
         compiled = kernel[(grid,)](*arguments, **constants)
         self._arguments = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
-        self._slots = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
-        for slot in self._slots:
-            self._arguments[slot] = None  # keeps no tensor alive
+        self._slots: list[tuple[int, dict[str, Any] | None]] = []
+        for i, x in enumerate(arguments):
+            if isinstance(x, Tensor) or isinstance(getattr(x, "base", None), Tensor):
+                described = None if isinstance(x, Tensor) else {**x.__dict__, "base": None}
+                self._slots.append((i, described))
+                self._arguments[i] = None if described is None else type(x)  # keeps no tensor alive
         self._run = kernel[(grid,)] if INTERPRETED else compiled[(grid, 1, 1)]
 
     def again(self, *tensors: Tensor) -> None:
-        """Launches the kernel on other tensors, in the order of the first ones, on their current device."""
+        """Launches the kernel on other tensors, in the order of the first ones, on the current device."""
         arguments = self._arguments.copy()
-        for slot, tensor in zip(self._slots, tensors, strict=True):
-            arguments[slot] = tensor
+        for (slot, described), tensor in zip(self._slots, tensors, strict=True):
+            arguments[slot] = tensor if described is None else _described(arguments[slot], described, tensor)
         self._run(*arguments)
+
+
+def _described(kind: type, fields: dict[str, Any], base: Tensor) -> Any:
+    """A descriptor like another one, of another tensor; its constructor would check all again."""
+    new = object.__new__(kind)
+    new.__dict__.update(fields)
+    new.base = base
+    return new
 
 
 def no_triton(x: Tensor) -> str | None:

@@ -21,8 +21,7 @@ from torch import nn
 from torch.fx import Node
 
 from torch_fuse.graph.activation import gelus, match_gelu
-from torch_fuse.graph.calls import call_of
-from torch_fuse.graph.linear import match_linear
+from torch_fuse.graph.linear import from_linear, into_linears
 from torch_fuse.graph.values import size_hint, tensor
 from torch_fuse.kernels import gelu
 from torch_fuse.options import Options
@@ -33,8 +32,6 @@ from torch_fuse.rewrite.view import GraphView
 
 # Fewer elements than this, and the launch costs more than the instructions that it saves.
 MIN_ELEMENTS = 2**20
-
-_VIEWS = ("view", "reshape", "flatten", "contiguous")
 
 
 @register
@@ -49,7 +46,7 @@ class MlpGelu(Pattern):
 
     def match(self, view: GraphView, anchor: Node) -> Match | None:
         found = match_gelu(anchor)
-        if found is None or not _from_linear(found.input, found.nodes) or not _into_linears(anchor):
+        if found is None or from_linear(found.input, found.nodes) is None or not into_linears(anchor):
             return None
         note = "erf" if found.approximate == "none" else "tanh"
         return Match(anchor, {"gelu": found}, (anchor,), found.nodes, (found.input,), note)
@@ -83,46 +80,6 @@ class MlpGelu(Pattern):
     def near_misses(self) -> Iterator[Example]:
         for name, activation in _NOT_GELUS.items():
             yield Example(name, _mlp(activation), fuses=False)
-
-
-def _from_linear(node: Node, readers: frozenset[Node]) -> bool:
-    """Whether a value is the result of a linear layer that nothing but `readers` uses."""
-    while all(user in readers or _reads_only_dtype(user, node) for user in node.users):
-        if match_linear(node) is not None:
-            return True
-        call = call_of(node)
-        if call is None or call.inplace or call.op not in _VIEWS or not isinstance(call["input"], Node):
-            return False
-        node, readers = call["input"], frozenset({node})
-    return False
-
-
-def _reads_only_dtype(user: Node, node: Node) -> bool:
-    """Whether `user` is `y.type_as(node)`."""
-    call = call_of(user)
-    return call is not None and call.op == "cast" and call["input"] is not node
-
-
-def _into_linears(node: Node) -> bool:
-    """Whether all that reads a value are linear layers, behind views and what changes nothing."""
-    return bool(node.users) and all(_is_linear_of(user, node) or _passes(user, node) for user in node.users)
-
-
-def _is_linear_of(user: Node, node: Node) -> bool:
-    linear = match_linear(user)
-    return linear is not None and linear.input is node and node not in (linear.weight, linear.bias)
-
-
-def _passes(user: Node, node: Node) -> bool:
-    call = call_of(user)
-    if call is None or call.inplace or call.args.get("input") is not node:
-        return False
-    if call.op == "dropout" and call["training"] is not False and call["p"] != 0:
-        return False
-    before, after = tensor(node), tensor(user)
-    if call.op == "cast" and (before is None or after is None or before.dtype != after.dtype):
-        return False
-    return call.op in (*_VIEWS, "cast", "dropout") and _into_linears(user)
 
 
 # -- examples ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "FakeTensorMode",
@@ -19,6 +20,7 @@ __all__ = [
     "cache_tag",
     "compile_with_inductor",
     "fake_mode_of",
+    "is_traceable_wrapper_subclass",
     "known_true",
     "no_guards",
     "op_overload",

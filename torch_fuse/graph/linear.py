@@ -22,6 +22,7 @@ class Linear:
         weight: [out_features, in_features], or [in_features, out_features] when `transposed`.
         bias: [out_features], or None.
         transposed: the weight is stored with in_features first.
+        nodes: the product and, where the bias is added later, the sum.
     """
 
     node: Node
@@ -29,6 +30,11 @@ class Linear:
     weight: Node
     bias: Node | None
     transposed: bool
+    nodes: frozenset[Node]
+
+
+# What a value may pass on its way from or to a linear layer.
+_VIEWS = ("view", "reshape", "flatten", "contiguous")
 
 
 def match_linear(node: Node) -> Linear | None:
@@ -37,7 +43,7 @@ def match_linear(node: Node) -> Linear | None:
     if call is None:
         return None
     if call.op == "linear":
-        return Linear(node, call["input"], call["weight"], call["bias"], transposed=False)
+        return Linear(node, call["input"], call["weight"], call["bias"], False, frozenset({node}))
     if call.op == "addmm" and call["beta"] == 1 and call["alpha"] == 1:
         return _product(node, call["mat1"], call["mat2"], call["input"])
     if call.op == "matmul":
@@ -49,7 +55,7 @@ def match_linear(node: Node) -> Linear | None:
                 continue
             inner = match_linear(product)
             if inner is not None and inner.bias is None and len(product.users) == 1:
-                return Linear(node, inner.input, inner.weight, bias, inner.transposed)
+                return Linear(node, inner.input, inner.weight, bias, inner.transposed, inner.nodes | {node})
     return None
 
 
@@ -60,10 +66,56 @@ def _product(node: Node, x: Any, weight: Any, bias: Any) -> Linear | None:
     bias = bias if isinstance(bias, Node) else None
     original = transposed_source(weight)
     if original is not None:
-        return Linear(node, x, original, bias, transposed=False)
+        return Linear(node, x, original, bias, False, frozenset({node}))
     if weight.op in ("placeholder", "get_attr"):
-        return Linear(node, x, weight, bias, transposed=True)
+        return Linear(node, x, weight, bias, True, frozenset({node}))
     return None
+
+
+def from_linear(node: Node, readers: frozenset[Node]) -> tuple[Linear, tuple[Node, ...]] | None:
+    """The linear layer whose result a value is, and the views in between, in the graph's order.
+
+    None when there is none, or when anything but `readers` uses one of these values for more than its dtype.
+    """
+    views: list[Node] = []
+    while all(user in readers or _reads_only_dtype(user, node) for user in node.users):
+        linear = match_linear(node)
+        if linear is not None:
+            return linear, tuple(reversed(views))
+        call = call_of(node)
+        if call is None or call.inplace or call.op not in _VIEWS or not isinstance(call["input"], Node):
+            return None
+        views.append(node)
+        node, readers = call["input"], frozenset({node})
+    return None
+
+
+def _reads_only_dtype(user: Node, node: Node) -> bool:
+    """Whether `user` is `y.type_as(node)`."""
+    call = call_of(user)
+    return call is not None and call.op == "cast" and call["input"] is not node
+
+
+def into_linears(node: Node) -> bool:
+    """Whether all that reads a value are linear layers, behind views and what changes nothing."""
+    return bool(node.users) and all(_is_linear_of(user, node) or _passes(user, node) for user in node.users)
+
+
+def _is_linear_of(user: Node, node: Node) -> bool:
+    linear = match_linear(user)
+    return linear is not None and linear.input is node and node not in (linear.weight, linear.bias)
+
+
+def _passes(user: Node, node: Node) -> bool:
+    call = call_of(user)
+    if call is None or call.inplace or call.args.get("input") is not node:
+        return False
+    if call.op == "dropout" and call["training"] is not False and call["p"] != 0:
+        return False
+    before, after = tensor(node), tensor(user)
+    if call.op == "cast" and (before is None or after is None or before.dtype != after.dtype):
+        return False
+    return call.op in (*_VIEWS, "cast", "dropout") and into_linears(user)
 
 
 def transposed_source(node: Any) -> Node | None:

@@ -1,11 +1,11 @@
-"""Attention whose head dim is no power of two, by a kernel that does not pad it.
+"""Attention without a mask by the fastest exact kernel that was measured for its shape.
 
-Before: scaled_dot_product_attention(q, k, v, is_causal=True)        # head_dim 80: computed as 128 lanes
-After:  torch_fuse.uneven_head_attention(q, k, v, True, scale)       # 64 + 16 lanes
+Before: scaled_dot_product_attention(q, k, v, is_causal=True)
+After:  torch_fuse.dense_attention(q, k, v, True, scale)
 
-For Pythia-2.8B and other GPT-NeoX models, Phi-2, StableLM and others: head_dim 48, 80, 96 or 160, inference
-only. Repeated key and value heads (grouped-query attention) are read unrepeated.
-Wins on CUDA from Hopper on, in bfloat16 and float16, causal and from some length on; measured nowhere else.
+For inference with head_dim 48, 80, 96 or 160 (Pythia-2.8B, Phi-2, StableLM), which libraries pad to the next power of
+two; and on Hopper with 64 and 128 (Llama, Qwen, Wan) from some length on. Repeated key and value heads (grouped-query
+attention) are read unrepeated. In bfloat16 and float16; the least lengths are those from which it was measured to win.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from torch.fx import Node
 from torch_fuse._compat import no_guards
 from torch_fuse.graph.attention import unrepeated_heads
 from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor
-from torch_fuse.kernels import uneven_head_attention
+from torch_fuse.kernels import dense_attention
 from torch_fuse.options import Options
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
 from torch_fuse.rewrite.view import GraphView
 
-# Shorter sequences than this, and the tiles do not fill the GPU.
-MIN_LENGTH = 512
+# From how many queries and keys on it wins over PyTorch's fastest backend, by head dim and whether it is causal.
+MIN_LENGTH = {
+    (48, True): 512, (64, True): 2048, (80, True): 512, (96, True): 512, (128, True): 4096, (128, False): 1536,
+    (160, True): 512,
+}  # fmt: skip
 
 
 @register
-class UnevenHeadAttention(Pattern):
-    """Attention whose head dim is no power of two, without padding it to the next one."""
+class DenseAttention(Pattern):
+    """Attention over all keys or causal, where no gradient is needed."""
 
-    name = "uneven_head_attention"
+    name = "dense_attention"
     kind = "attention"
-    op = "torch_fuse::uneven_head_attention"
+    op = "torch_fuse::dense_attention"
     stage = "attend"
 
     def match(self, view: GraphView, anchor: Node) -> Match | None:
@@ -51,14 +54,14 @@ class UnevenHeadAttention(Pattern):
         assert q is not None
         dim, heads = (static_int(q.shape[i]) for i in (3, 1))
         scale = dim**-0.5 if dim and attention.scale is None else attention.scale
-        if dim not in uneven_head_attention.HEAD_DIMS or heads is None or not isinstance(scale, (int, float)):
+        if dim not in dense_attention.HEAD_DIMS or heads is None or not isinstance(scale, (int, float)):
             return None
         key, value, repetition = unrepeated_heads(key, value)
         if not _fits(query, key, value, heads, attention.is_causal):
             return None
         arguments = (query, key, value, attention.is_causal, float(scale))
         region = frozenset({anchor, *repetition})
-        note = f"head_dim {dim} as {' + '.join(map(str, uneven_head_attention.HEAD_DIMS[dim]))}"
+        note = f"head_dim {dim}"
         bindings = {"arguments": arguments, "fake_mode": view.fake_mode}
         return Match(anchor, bindings, (anchor,), region, (query, key, value), note)
 
@@ -69,21 +72,26 @@ class UnevenHeadAttention(Pattern):
         q, k, v = (tensor(node) for node in nodes)
         assert q is not None and k is not None and v is not None
         with no_guards(match.bindings["fake_mode"]):
-            reason = uneven_head_attention.supports(q, k, v, is_causal, scale)
+            reason = dense_attention.supports(q, k, v, is_causal, scale)
+            hopper, why = dense_attention.hopper_config(q, k, v)
         if reason is not None:
             return f"the kernel cannot run: {reason}"
         if q.device.type == "cuda":
             capability = torch.cuda.get_device_capability(q.device)
             if torch.version.hip is not None or capability < (9, 0):
-                return "the GPU is older than Hopper (compute capability 9.0), where the kernel was measured"
-        length = size_hint(q.shape[2], MIN_LENGTH)
-        if length < MIN_LENGTH:
-            return f"{length} queries: bound by the launch; it pays from {MIN_LENGTH} on"
-        return None if is_causal else "not causal, where the kernel was not measured"
+                return "the GPU is older than Hopper (compute capability 9.0), where the kernels were measured"
+        kind = (int(q.shape[3]), is_causal)
+        if kind not in MIN_LENGTH:
+            return f"head_dim {kind[0]}, {'causal' if is_causal else 'not causal'}: PyTorch's kernel is as fast"
+        if hopper is None and kind[0] in (64, 128):
+            return f"PyTorch's kernel is faster: {why}"
+        least = MIN_LENGTH[kind]
+        length = min(size_hint(x.shape[2], least) for x in (q, k))
+        return None if length >= least else f"length {length}: as fast as PyTorch's kernel; it pays from {least} on"
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
-        op = uneven_head_attention
-        target = op.reference if options.kernels == "reference" else op.uneven_head_attention
+        op = dense_attention
+        target = op.reference if options.kernels == "reference" else op.dense_attention
         return {match.anchor: builder.call(target, *match.bindings["arguments"])}
 
     def spellings(self) -> Iterator[Example]:
@@ -96,7 +104,7 @@ class UnevenHeadAttention(Pattern):
         yield Example("gradients_off", _example(_without_gradients, grad=True))
 
     def near_misses(self) -> Iterator[Example]:
-        yield Example("power_of_two", _example(_sdpa, dim=64), fuses=False)
+        yield Example("head_dim_without_a_kernel", _example(_sdpa, dim=72), fuses=False)
         yield Example("gradients", _example(_sdpa, grad=True), fuses=False)
         yield Example("masked", _example(_masked), fuses=False)
         yield Example("causal_with_fewer_keys", _example(lambda q, k, v: _sdpa(q, k, v, is_causal=True), keys=5), False)

@@ -1,4 +1,4 @@
-"""uneven_head_attention against float64, in the reference (CPU), the interpreted kernel and, where there is, on a GPU.
+"""dense_attention against float64, in the reference (CPU), the interpreted kernel and, where there is, on a GPU.
 
 Run with TRITON_INTERPRET=1 the same tests go through the Triton kernel; test_kernels_in_the_interpreter does so.
 """
@@ -20,8 +20,8 @@ from torch_fuse.report import Report
 from torch_fuse.rewrite.engine import rewrite
 from torch_fuse.rewrite.registry import patterns
 
-module = importlib.import_module("torch_fuse.kernels.uneven_head_attention")
-op, supports = module.uneven_head_attention, module.supports
+module = importlib.import_module("torch_fuse.kernels.dense_attention")
+op, supports = module.dense_attention, module.supports
 
 DEVICE = "cuda" if torch.cuda.is_available() and not _ops.INTERPRETED else "cpu"
 # The interpreter multiplies the bits of bfloat16 as integers.
@@ -93,7 +93,8 @@ def test_any_length(length: int) -> None:
 
 @pytest.mark.parametrize(("block_m", "block_n", "wave"), [(128, 64, 0), (64, 128, 0), (64, 32, 3), (32, 32, 4)])
 def test_any_configuration(block_m: int, block_n: int, wave: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.CONFIGS, 48, (module.Config(block_m, block_n, 4, 2, wave),) * 2)
+    monkeypatch.setitem(module.TRITON, 48, (module._flash.Config(block_m, block_n, 4, 2, wave),) * 2)
+    module._launches.clear()
     for is_causal in (True, False):
         assert_no_worse(inputs(batch=2, length=150, dim=48), is_causal)
 
@@ -153,7 +154,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 def test_a_gradient_is_refused_in_words() -> None:
     q, k, v = inputs(length=64)
-    with pytest.raises(NotImplementedError, match="uneven_head_attention has no gradient"):
+    with pytest.raises(NotImplementedError, match="dense_attention has no gradient"):
         op(q.detach().requires_grad_(), k, v, True, 0.1)
     with torch.no_grad():
         assert not op(q.detach().requires_grad_(), k, v, True, 0.1).requires_grad
@@ -193,7 +194,7 @@ def test_supports_says_why_not() -> None:
         return
     assert supports(q, k, v, True, 0.1) is None
     assert supports(q.double(), k, v, True, 0.1) == "dtype is torch.float64; allowed: bfloat16, float16"
-    assert "head_dim is 64" in supports(q[..., :64], k, v, True, 0.1)
+    assert "head_dim is 72" in supports(q[..., :72], k, v, True, 0.1)
     assert "scale is -1.0" in supports(q, k, v, True, -1.0)
     assert "there are 63 keys" in supports(q, k[:, :, :63], v, True, 0.1)
     assert "v.stride(3) is 65" in supports(q, k, v.mT.contiguous().mT, True, 0.1)
@@ -210,7 +211,9 @@ class Attends(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize(("dim", "grad", "fuses"), [(80, False, True), (80, True, False), (64, False, False)])
+@pytest.mark.parametrize(
+    ("dim", "grad", "fuses"), [(80, False, True), (64, False, True), (80, True, False), (72, False, False)]
+)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_pattern_fires_where_no_gradient_is_needed(dim: int, grad: bool, fuses: bool, dynamic: bool) -> None:
     torch._dynamo.reset()
@@ -224,7 +227,7 @@ def test_the_pattern_fires_where_no_gradient_is_needed(dim: int, grad: bool, fus
     model, x = Attends(dim), torch.randn(2, 9, 32)
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(torch.compile(model, backend=backend, dynamic=dynamic)(x), model(x))
-    assert (report.counts().get("uneven_head_attention") == {"fused": 1}) == fuses, str(report)
+    assert (report.counts().get("dense_attention") == {"fused": 1}) == fuses, str(report)
 
 
 def test_inductor_copies_nothing_for_it() -> None:

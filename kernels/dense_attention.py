@@ -1,14 +1,12 @@
-"""Attention for head dims that are no power of two, computed as two parts that are: 80 = 64 + 16, without padding.
+"""Attention over all keys or causal, without gradients, by the fastest kernel for the shape and the GPU.
 
-    scores = (q1 @ k1.T + q2 @ k2.T) * scale        q1, q2: the first D1 and the last D2 lanes of q
-    weights = softmax(scores), causal or over all keys
-    out = [weights @ v1, weights @ v2]
+    out = softmax(q @ k.T * scale) @ v
 
-Libraries pad such heads to the next power of two (128 for 80: 60% more work). The algorithm is FlashAttention-2's
-(Dao, arXiv:2307.08691): one pass over tiles of keys with a running maximum and sum, in fp32; the weights are rounded
-to the inputs' dtype for the second product; the result is rounded once. Causal tiles with most keys start first, so
-that the short ones fill the end. Only tiles on the diagonal and the last one are masked; the last one of an uneven
-length starts earlier and masks the keys it has seen, so that no load needs a mask.
+- On Hopper, `_hopper_flash`: FlashAttention-3's forward pass (Shah et al., arXiv:2407.08608).
+- On others, and for short sequences of uneven heads, `_flash`: FlashAttention-2's (Dao, arXiv:2307.08691).
+
+Both take a head dim that is no power of two as two parts that are: 80 = 64 + 16. Libraries pad it to the next one (128:
+60% more work).
 
 - q [B, H, S_q, D]; k, v [B, H_kv, S_k, D], H a multiple of H_kv: each key head serves H / H_kv query heads.
   bfloat16 and float16 on a GPU, D in `HEAD_DIMS`, at least 64 keys, last stride 1 and other strides as they are
@@ -21,7 +19,7 @@ length starts earlier and masks the keys it has seen, so that no load needs a ma
 
 Example:
     >>> q, k, v = torch.randn(3, 1, 2, 5, 48).unbind(0)
-    >>> uneven_head_attention(q, k, v, True, 48**-0.5).stride()
+    >>> dense_attention(q, k, v, True, 48**-0.5).stride()
     (480, 48, 96, 1)
 """
 
@@ -32,29 +30,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._flash import PARTS, Band, Config, call, cannot_read, kernel, output
+from . import _flash, _hopper_flash
+from ._flash import PARTS, Band, output
 from ._ops import Launch, define_opaque_op, no_triton, on_device_of
 
-# The two parts of each head dim, powers of two that a matrix instruction takes.
-HEAD_DIMS = {dim: parts for dim, parts in PARTS.items() if parts[1]}
 DTYPES = (torch.bfloat16, torch.float16)
-
 
 # Two to four programs an SM by registers and shared memory, so that one's products hide another's softmax. The best of
 # benchmarks/results/uneven_head_attention.jsonl, for up to LONG queries and for more.
 LONG = 4096
-_WIDE = Config(128, 64, 8, 3, maxnreg=128)
-CONFIGS = {
-    48: (Config(maxnreg=168), Config(maxnreg=168)),
-    80: (Config(num_stages=2, maxnreg=128), _WIDE),
+_WIDE = _flash.Config(128, 64, 8, 3, maxnreg=128)
+TRITON = {
+    48: (_flash.Config(maxnreg=168), _flash.Config(maxnreg=168)),
+    64: (_flash.Config(), _flash.Config()),
+    80: (_flash.Config(num_stages=2, maxnreg=128), _WIDE),
     96: (_WIDE, _WIDE),
-    160: (Config(num_stages=2), Config(num_stages=2)),
+    128: (_flash.Config(128, 64, 8), _flash.Config(128, 64, 8)),
+    160: (_flash.Config(num_stages=2), _flash.Config(num_stages=2)),
 }
+_TWO_A_SM = _hopper_flash.Config(1, 128, 2, maxnreg=128)
+HOPPER = {
+    64: (_TWO_A_SM, _TWO_A_SM),
+    80: (None, _TWO_A_SM),
+    128: (_hopper_flash.Config(), _hopper_flash.Config()),
+}  # of benchmarks/results/hopper_flash*.jsonl
+HEAD_DIMS = tuple(TRITON)
 
 
-def config(q: Tensor) -> Config:
-    """How the kernel runs for these queries."""
-    return CONFIGS[int(q.shape[3])][q.shape[2] > LONG]
+def hopper_config(q: Tensor, k: Tensor, v: Tensor) -> tuple[_hopper_flash.Config | None, str]:
+    """How Hopper's kernel runs for these tensors, or None and why it does not."""
+    config = HOPPER.get(int(q.shape[3]), (None, None))[q.shape[2] > LONG]
+    if config is None:
+        return None, f"head_dim {q.shape[3]} is as fast without it"
+    if not q.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return None, "the GPU is not Hopper (compute capability 9.0)"
+    reason = _hopper_flash.MISSING or _hopper_flash.cannot_read(q=q, k=k, v=v)
+    return (None, reason) if reason else (config, "")
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> str | None:
@@ -68,10 +79,9 @@ def supports(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
         return f"head_dim is {q.shape[3]}; allowed: {', '.join(map(str, HEAD_DIMS))}"
     if not 0 < scale < math.inf:
         return f"scale is {scale}; allowed: positive numbers"
-    block_n = CONFIGS[int(q.shape[3])][0].block_n
-    if k.shape[2] < block_n:
-        return f"there are {k.shape[2]} keys; allowed: {block_n} and more"
-    return cannot_read(q=q, k=k, v=v)
+    if k.shape[2] < 64:
+        return f"there are {k.shape[2]} keys; allowed: 64 and more"
+    return _flash.cannot_read(q=q, k=k, v=v)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
@@ -83,7 +93,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) ->
 
 def _require(ok: bool, argument: str, value: object, allowed: str) -> None:
     if not ok:
-        raise ValueError(f"uneven_head_attention: {argument} is {value}; allowed: {allowed}")
+        raise ValueError(f"dense_attention: {argument} is {value}; allowed: {allowed}")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:
@@ -100,29 +110,47 @@ def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:
         _require(q.shape[2] == k.shape[2], "k.shape[2]", k.shape[2], f"q's {q.shape[2]} when is_causal")
 
 
-# By everything but the tensors' data.
-_launches: dict[tuple[Any, ...], Launch] = {}
+# By everything but the tensors' data: a launch, and how many lanes the first part of the head dim has if the launch
+# takes the parts as tensors of their own.
+_launches: dict[tuple[Any, ...], tuple[Launch, int | None]] = {}
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
     alike = [(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in (q, k, v)]
     key = (is_causal, scale, *alike)
-    if key in _launches:
-        out = output(q)
-        with on_device_of(q):
-            _launches[key].again(q, k, v, q, q, out, out, q)
-        return out.transpose(1, 2)
+    known = _launches.get(key)
+    if known is None:
+        return _first(key, q, k, v, is_causal, scale)
+    launch, split = known
+    out = output(q)
+    with on_device_of(q):
+        if split is None:
+            launch.again(q, k, v, q, q, out, out, q)
+        else:
+            launch.again(q, q[..., split:], k, k[..., split:], v, v[..., split:], out)
+    return out.transpose(1, 2)
+
+
+def _first(key: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """The first call of its kind."""
     _check(q, k, v, is_causal)
     out = output(q)
     if q.numel() == 0:
         return out.transpose(1, 2)
     if supports(q, k, v, is_causal, scale) is not None:
         return reference(q, k, v, is_causal, scale)
-    band = Band(right=0 if is_causal else None)
     if len(_launches) == 1024:
         _launches.clear()
+    parts = PARTS[int(q.shape[3])]
+    config, _ = hopper_config(q, k, v)
     with on_device_of(q):
-        _launches[key] = Launch(kernel, *call(q, k, v, None, None, band, scale, config(q), out))
+        if config is not None:
+            arguments = _hopper_flash.call(q, k, v, is_causal, scale, parts, config, out)
+            _launches[key] = Launch(_hopper_flash.kernel, *arguments), parts[0] if parts[1] else 0
+        else:
+            band, triton = Band(right=0 if is_causal else None), TRITON[int(q.shape[3])][q.shape[2] > LONG]
+            arguments = _flash.call(q, k, v, None, None, band, scale, triton, out)
+            _launches[key] = Launch(_flash.kernel, *arguments), None
     return out.transpose(1, 2)
 
 
@@ -131,4 +159,4 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Ten
     return output(q).transpose(1, 2)
 
 
-uneven_head_attention = define_opaque_op("torch_fuse::uneven_head_attention", _forward, _fake)
+dense_attention = define_opaque_op("torch_fuse::dense_attention", _forward, _fake)
