@@ -4,6 +4,9 @@
     weights = softmax(scores) over the keys j of query i with i - left <= j <= i + right, of which `keep` keeps some
     out = [weights @ v1, weights @ v2]; lse = log(sum(exp(scores)))
 
+With a soft cap, the scores are cap * tanh(scores / cap) from there on. A sink is one more score of each head, whose
+weight is nobody's: exp(sink) joins the sum, also in lse.
+
 One pass over tiles of keys with a running maximum and sum, in fp32; the weights are rounded to the inputs' dtype for
 the second product; the result is rounded once. Tiles without any key of the band, or before the first and after the
 last kept key of the batch, are skipped; only tiles on an edge, and those of a batch with holes, are masked. Late
@@ -89,6 +92,22 @@ def in_band(seen, index, key, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_LEFT:
 
 
 @triton.jit
+def tanh_of(s, rate):
+    """tanh(s * rate / (2 * log2(e))), with an absolute error below 2**-20, also where it saturates.
+
+    `tanh.approx` is one instruction, but its error is 2**-11; 1 / x takes more of them than the square of a root.
+    """
+    y = tl.rsqrt(tl.exp2(s * rate) + 1.0)
+    return 1.0 - 2.0 * y * y
+
+
+@triton.jit
+def cap_rate(log2_scale, SOFTCAP: tl.constexpr):
+    """`tanh_of`'s rate for capped scores."""
+    return log2_scale * (2.0 / SOFTCAP)
+
+
+@triton.jit
 def key_tiles(first_row, q_length, length, ranges, b, ranges_b, LEFT: tl.constexpr, RIGHT: tl.constexpr,
               HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_N: tl.constexpr):  # fmt: skip
@@ -113,8 +132,8 @@ def key_tiles(first_row, q_length, length, ranges, b, ranges_b, LEFT: tl.constex
 
 @triton.jit
 def _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, keep, j, solid, full, length, index, log2_scale,
-            lane1, lane2, D2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr,
-            HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+            rate, lane1, lane2, D2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr,
+            HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, CAPPED: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Takes the j-th tile of keys into account: into sums, their weights' total, and the largest score."""
     col = tl.arange(0, BLOCK_N)
     first = tl.minimum(j * BLOCK_N, length - BLOCK_N)
@@ -123,6 +142,8 @@ def _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, keep, j, solid, full
     s = tl.dot(q1, tl.trans(tl.load(k + lane1)))
     if D2 > 0:
         s = tl.dot(q2, tl.trans(tl.load(k + lane2)), s)
+    if CAPPED:
+        s = tanh_of(s, rate)
     masked = j >= full
     if HAS_LEFT or KEEP:
         masked = masked | (j < solid)
@@ -146,11 +167,16 @@ def _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, keep, j, solid, full
 
 @triton.jit
 def kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep_b, ranges, ranges_b, out, lse,
-            batch, q_length, length, log2_scale, H: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr,
+            batch, q_length, length, log2_scale, sinks, H: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr,
             D2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr,
-            HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, LSE: tl.constexpr, WAVE: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+            HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, LSE: tl.constexpr, SOFTCAP: tl.constexpr,
+            SINKS: tl.constexpr, WAVE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+            INTERPRET: tl.constexpr):  # fmt: skip
     log2_scale = tl.cast(log2_scale, tl.float32)  # Inductor passes Python floats as float64
+    rate = log2_scale
+    if SOFTCAP > 0:  # `s` is between -1 and 1 then, and its scale the cap
+        rate = cap_rate(log2_scale, SOFTCAP)
+        log2_scale = tl.cast(SOFTCAP * 1.4426950408889634, tl.float32)
     program = tl.program_id(0)
     tiles = tl.cdiv(q_length, BLOCK_M)
     if WAVE:  # turn every other WAVE of programs round: an SM that began with long work goes on with short work
@@ -179,18 +205,27 @@ def kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep_b, r
         j = start
         while j < end:
             acc1, acc2, top, total = _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, keep, j, solid, full,
-                                             length, index, log2_scale, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT,
-                                             HAS_RIGHT, KEEP, BLOCK_N)  # fmt: skip
+                                             length, index, log2_scale, rate, lane1, lane2, D2, LEFT, RIGHT,
+                                             HAS_LEFT, HAS_RIGHT, KEEP, SOFTCAP > 0, BLOCK_N)  # fmt: skip
             j += 1
     else:
         for j in tl.range(start, end):
             acc1, acc2, top, total = _attend(acc1, acc2, top, total, q1, q2, k, k_s, v, v_s, keep, j, solid, full,
-                                             length, index, log2_scale, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT,
-                                             HAS_RIGHT, KEEP, BLOCK_N)  # fmt: skip
+                                             length, index, log2_scale, rate, lane1, lane2, D2, LEFT, RIGHT,
+                                             HAS_LEFT, HAS_RIGHT, KEEP, SOFTCAP > 0, BLOCK_N)  # fmt: skip
 
+    highest = top * log2_scale
+    if SINKS:
+        sink = tl.load(sinks + h).to(tl.float32) * 1.4426950408889634
+        shift = tl.maximum(highest, sink)
+        shift = tl.where(shift == -float("inf"), 0.0, shift)
+        decay = tl.exp2(highest - shift)
+        total = total * decay + tl.exp2(sink - shift)
+        acc1, acc2 = acc1 * decay[:, None], acc2 * decay[:, None]
+        highest = shift
     if LSE:  # in units of log2. A query without a key gives zeros; its +inf makes its weights zero in the backward pass
         inverse = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-        found = tl.where(total == 0.0, float("inf"), top * log2_scale + tl.log2(total))
+        found = tl.where(total == 0.0, float("inf"), highest + tl.log2(total))
         tl.store(lse + (b * H + h) * q_length + index, found, index < q_length)
     else:
         inverse = (1.0 / total)[:, None]
@@ -215,7 +250,8 @@ def output(q: Tensor) -> Tensor:
 
 
 def call(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, band: Band, scale: float,
-         config: Config, out: Tensor, lse: Tensor | None = None) -> tuple[int, list[Any], dict[str, Any]]:  # fmt: skip
+         config: Config, out: Tensor, lse: Tensor | None = None, softcap: float = 0.0,
+         sinks: Tensor | None = None) -> tuple[int, list[Any], dict[str, Any]]:  # fmt: skip
     """How to launch `kernel`: grid, arguments and constants."""
     batch, heads, length, dim = q.shape
     d1, d2 = PARTS[int(dim)]
@@ -223,22 +259,24 @@ def call(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Te
     arguments = [
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3],
         keep, batch_stride(keep), ranges, batch_stride(ranges), out, out if lse is None else lse,
-        batch, length, k.shape[2], scale * math.log2(math.e),
+        batch, length, k.shape[2], scale * math.log2(math.e), q if sinks is None else sinks,
     ]  # fmt: skip
     constants = {
         "H": int(heads), "GROUP": int(heads) // int(k.shape[1]), "D1": d1, "D2": d2, **band.arguments(),
-        "KEEP": key_keep is not None, "LSE": lse is not None, "WAVE": config.wave, "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n, "INTERPRET": INTERPRETED, "num_warps": config.num_warps,
-        "num_stages": config.num_stages, **({} if config.maxnreg is None else {"maxnreg": config.maxnreg}),
+        "KEEP": key_keep is not None, "LSE": lse is not None, "SOFTCAP": float(softcap), "SINKS": sinks is not None,
+        "WAVE": config.wave, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "INTERPRET": INTERPRETED,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
+        **({} if config.maxnreg is None else {"maxnreg": config.maxnreg}),
     }  # fmt: skip
     return triton.cdiv(length, config.block_m) * batch * heads, arguments, constants
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, band: Band,
-           scale: float, config: Config, lse: Tensor | None = None) -> Tensor:  # fmt: skip
+           scale: float, config: Config, lse: Tensor | None = None, softcap: float = 0.0,
+           sinks: Tensor | None = None) -> Tensor:  # fmt: skip
     """Launches the kernel: [B, S_q, H, D] in memory, and its log-sum-exp in units of log2 into `lse` [B, H, S_q]."""
     out = output(q)
-    grid, arguments, constants = call(q, k, v, key_keep, key_range, band, scale, config, out, lse)
+    grid, arguments, constants = call(q, k, v, key_keep, key_range, band, scale, config, out, lse, softcap, sinks)
     with on_device_of(q):
         wrap_triton(kernel)[(grid,)](*arguments, **constants)
     return out

@@ -3,6 +3,8 @@
     p = exp(scores - lse); delta = sum(out * grad)            per query
     dv = p.T @ grad;  ds = p * (grad @ v.T - delta);  dk = ds.T @ q * scale;  dq = ds @ k * scale
 
+With a soft cap, ds is multiplied by 1 - tanh(..)^2. Sinks change nothing here: they are in lse, and in delta.
+
 The first kernel takes a tile of keys and goes through the queries that see it, of all heads that share the keys; the
 second takes a tile of queries and goes through its keys. Both skip and mask tiles as the forward pass does. Sums are
 in fp32 and always in the same order; p and ds are rounded to the inputs' dtype for their products.
@@ -12,14 +14,26 @@ import math
 
 from torch import Tensor
 
-from ._flash import PARTS, Band, Config, batch_stride, dot_parts, in_band, key_tiles, load_parts, store_parts
+from ._flash import (
+    PARTS,
+    Band,
+    Config,
+    batch_stride,
+    cap_rate,
+    dot_parts,
+    in_band,
+    key_tiles,
+    load_parts,
+    store_parts,
+    tanh_of,
+)  # fmt: skip
 from ._ops import INTERPRETED, on_device_of, tl, triton, wrap_triton
 
 
 @triton.jit
 def _add_query_tile(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, q_s, grad, grad_s, lse, delta, i, key, q_length,
-                    log2_scale, lane1, lane2, D2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK_M: tl.constexpr,
+                    log2_scale, rate, lane1, lane2, D2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, CAPPED: tl.constexpr, BLOCK_M: tl.constexpr,
                     BLOCK_N: tl.constexpr, first_key):  # fmt: skip
     """What the i-th tile of queries adds to the gradients of a tile of keys and values."""
     index = i * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -27,6 +41,8 @@ def _add_query_tile(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, q_s, grad, grad_s, ls
     offset = index.to(tl.int64)
     q1, q2 = load_parts(q + (offset * q_s)[:, None], exists[:, None], lane1, lane2, D2)
     s = dot_parts(k1, k2, q1, q2, D2)  # keys x queries
+    if CAPPED:
+        s = tanh_of(s, rate)
     lse_row = tl.load(lse + index, exists, other=float("inf"))
     p = tl.exp2(tl.fma(s, log2_scale, -lse_row[None, :]))
     masked = first_key < 0
@@ -43,7 +59,10 @@ def _add_query_tile(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, q_s, grad, grad_s, ls
     if D2 > 0:
         dv2 = tl.dot(rounded, g2, dv2)
     dp = dot_parts(v1, v2, g1, g2, D2)
-    ds = (p * (dp - tl.load(delta + index, exists, other=0.0)[None, :])).to(q1.dtype)
+    ds = p * (dp - tl.load(delta + index, exists, other=0.0)[None, :])
+    if CAPPED:
+        ds = ds * (1.0 - s * s)
+    ds = ds.to(q1.dtype)
     dk1 = tl.dot(ds, q1, dk1)
     if D2 > 0:
         dk2 = tl.dot(ds, q2, dk2)
@@ -54,9 +73,13 @@ def _add_query_tile(dk1, dk2, dv1, dv2, k1, k2, v1, v2, q, q_s, grad, grad_s, ls
 def _key_kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep_b, ranges, ranges_b, grad, grad_b,
                 grad_h, grad_s, lse, delta, dk, dv, batch, q_length, length, log2_scale, scale, H: tl.constexpr,
                 GROUP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, BLOCK_M: tl.constexpr,
-                BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, SOFTCAP: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     log2_scale, scale = tl.cast(log2_scale, tl.float32), tl.cast(scale, tl.float32)
+    rate = log2_scale
+    if SOFTCAP > 0:
+        rate = cap_rate(log2_scale, SOFTCAP)
+        log2_scale = tl.cast(SOFTCAP * 1.4426950408889634, tl.float32)
     KV: tl.constexpr = H // GROUP
     program = tl.program_id(0)
     tile = program // (batch * KV)
@@ -93,8 +116,8 @@ def _key_kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep
             g, i = (step // steps).to(tl.int64), start + step % steps
             dk1, dk2, dv1, dv2 = _add_query_tile(
                 dk1, dk2, dv1, dv2, k1, k2, v1, v2, q + g * q_h, q_s, grad + g * grad_h, grad_s, lse + g * q_length,
-                delta + g * q_length, i, key, q_length, log2_scale, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT, HAS_RIGHT,
-                BLOCK_M, BLOCK_N, first_key,
+                delta + g * q_length, i, key, q_length, log2_scale, rate, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT,
+                HAS_RIGHT, SOFTCAP > 0, BLOCK_M, BLOCK_N, first_key,
             )  # fmt: skip
             step += 1
     else:
@@ -102,8 +125,8 @@ def _key_kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep
             g, i = (step // steps).to(tl.int64), start + step % steps
             dk1, dk2, dv1, dv2 = _add_query_tile(
                 dk1, dk2, dv1, dv2, k1, k2, v1, v2, q + g * q_h, q_s, grad + g * grad_h, grad_s, lse + g * q_length,
-                delta + g * q_length, i, key, q_length, log2_scale, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT, HAS_RIGHT,
-                BLOCK_M, BLOCK_N, first_key,
+                delta + g * q_length, i, key, q_length, log2_scale, rate, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT,
+                HAS_RIGHT, SOFTCAP > 0, BLOCK_M, BLOCK_N, first_key,
             )  # fmt: skip
 
     dk1, dk2 = dk1 * scale, dk2 * scale
@@ -118,8 +141,8 @@ def _key_kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep
 
 @triton.jit
 def _add_key_tile(dq1, dq2, q1, q2, g1, g2, k, k_s, v, v_s, keep, lse_row, delta_row, j, solid, full, length, index,
-                  log2_scale, lane1, lane2, D2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                  HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr,
+                  log2_scale, rate, lane1, lane2, D2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+                  HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, CAPPED: tl.constexpr,
                   BLOCK_N: tl.constexpr):  # fmt: skip
     """What the j-th tile of keys adds to the gradients of a tile of queries."""
     key = j * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -127,6 +150,8 @@ def _add_key_tile(dq1, dq2, q1, q2, g1, g2, k, k_s, v, v_s, keep, lse_row, delta
     offset = key.to(tl.int64)[:, None]
     k1, k2 = load_parts(k + offset * k_s, exists, lane1, lane2, D2)
     s = dot_parts(q1, q2, k1, k2, D2)
+    if CAPPED:
+        s = tanh_of(s, rate)
     p = tl.exp2(tl.fma(s, log2_scale, -lse_row[:, None]))
     masked = j >= full
     if HAS_LEFT or KEEP:
@@ -138,7 +163,10 @@ def _add_key_tile(dq1, dq2, q1, q2, g1, g2, k, k_s, v, v_s, keep, lse_row, delta
         p = tl.where(in_band(seen, index[:, None], key[None, :], LEFT, RIGHT, HAS_LEFT, HAS_RIGHT), p, 0.0)
     v1, v2 = load_parts(v + offset * v_s, exists, lane1, lane2, D2)
     dp = dot_parts(g1, g2, v1, v2, D2)
-    ds = (p * (dp - delta_row[:, None])).to(k1.dtype)
+    ds = p * (dp - delta_row[:, None])
+    if CAPPED:
+        ds = ds * (1.0 - s * s)
+    ds = ds.to(k1.dtype)
     dq1 = tl.dot(ds, k1, dq1)
     if D2 > 0:
         dq2 = tl.dot(ds, k2, dq2)
@@ -149,9 +177,13 @@ def _add_key_tile(dq1, dq2, q1, q2, g1, g2, k, k_s, v, v_s, keep, lse_row, delta
 def _query_kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, keep_b, ranges, ranges_b, grad, grad_b,
                   grad_h, grad_s, lse, delta, dq, batch, q_length, length, log2_scale, scale, H: tl.constexpr,
                   GROUP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-                  HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                  HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, KEEP: tl.constexpr, SOFTCAP: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     log2_scale, scale = tl.cast(log2_scale, tl.float32), tl.cast(scale, tl.float32)
+    rate = log2_scale
+    if SOFTCAP > 0:
+        rate = cap_rate(log2_scale, SOFTCAP)
+        log2_scale = tl.cast(SOFTCAP * 1.4426950408889634, tl.float32)
     program = tl.program_id(0)
     tile = tl.cdiv(q_length, BLOCK_M) - 1 - program // (batch * H)
     b = (program % (batch * H) // H).to(tl.int64)
@@ -174,21 +206,21 @@ def _query_kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, ke
         j = start
         while j < end:
             dq1, dq2 = _add_key_tile(dq1, dq2, q1, q2, g1, g2, k, k_s, v, v_s, keep, lse_row, delta_row, j, solid, full,
-                                     length, index, log2_scale, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT, HAS_RIGHT,
-                                     KEEP, BLOCK_N)  # fmt: skip
+                                     length, index, log2_scale, rate, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT,
+                                     HAS_RIGHT, KEEP, SOFTCAP > 0, BLOCK_N)  # fmt: skip
             j += 1
     else:
         for j in tl.range(start, end):
             dq1, dq2 = _add_key_tile(dq1, dq2, q1, q2, g1, g2, k, k_s, v, v_s, keep, lse_row, delta_row, j, solid, full,
-                                     length, index, log2_scale, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT, HAS_RIGHT,
-                                     KEEP, BLOCK_N)  # fmt: skip
+                                     length, index, log2_scale, rate, lane1, lane2, D2, LEFT, RIGHT, HAS_LEFT,
+                                     HAS_RIGHT, KEEP, SOFTCAP > 0, BLOCK_N)  # fmt: skip
     at = ((b * q_length + offset) * H + h) * (D1 + D2)
     store_parts(dq + at, dq1 * scale, dq2 * scale, exists[:, None], lane1, lane2, D2)
 
 
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, key_keep: Tensor | None,
              key_range: Tensor | None, band: Band, scale: float, key_config: Config,
-             query_config: Config) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+             query_config: Config, softcap: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches both kernels; returns dq, dk and dv, each [B, S, H, D] in memory.
 
     Args:
@@ -197,6 +229,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: 
         delta: sums of out * grad, [B, H, S_q] in fp32.
         key_config: how the kernel for keys and values runs; the other arguments are `_flash.attend`'s.
         query_config: how the kernel for queries runs.
+        softcap: the cap of the scores, 0 for none.
     """
     batch, heads, length, dim = q.shape
     kv, keys = k.shape[1:3]
@@ -209,7 +242,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: 
     sizes = (batch, length, keys, scale * math.log2(math.e), scale)
     constants = {
         "H": int(heads), "GROUP": int(heads) // int(kv), "D1": PARTS[int(dim)][0], "D2": PARTS[int(dim)][1],
-        "KEEP": key_keep is not None, "INTERPRET": INTERPRETED, **band.arguments(),
+        "KEEP": key_keep is not None, "SOFTCAP": float(softcap), "INTERPRET": INTERPRETED, **band.arguments(),
     }  # fmt: skip
     with on_device_of(q):
         wrap_triton(_key_kernel)[(triton.cdiv(keys, key_config.block_n) * batch * kv,)](

@@ -125,7 +125,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
     out = output(q)
     with on_device_of(q):
         if split is None:
-            launch.again(q, k, v, q, q, out, out)
+            launch.again(q, k, v, q, q, out, out, q)
         else:
             launch.again(q, q[..., split:], k, k[..., split:], v, v[..., split:], out)
     return out.transpose(1, 2)

@@ -3,6 +3,9 @@
     keep[b, i, j] = (j >= i - left) & (j <= i + right) & key_keep[b, j]        None: no condition
     out = softmax(where(keep, q @ k.T * scale, -inf)) @ v;        zeros for a query that keeps no key
 
+With a soft cap c, c * tanh(q @ k.T * scale / c) takes the place of the scores (Gemma 2). With sinks, a score of each
+head joins the softmax whose weight goes to no value: exp(sink) is added to the denominator (gpt-oss).
+
 What `scaled_dot_product_attention` computes with the dense boolean mask `keep`, which no one reads here: tiles outside
 of the band or the kept keys are skipped. The forward and the backward pass are FlashAttention-2's (Dao,
 arXiv:2307.08691), see `_flash` and `_flash_backward`; gradients are summed in a fixed order.
@@ -15,8 +18,12 @@ arXiv:2307.08691), see `_flash` and `_flash_backward`; gradients are summed in a
   wrong results.
 - left, right: as above; a causal window of w keys is left = w - 1, right = 0. Either may be negative.
 - scale: factor of the scores.
+- softcap: c, or 0 for none. The kernels take up to `MAX_SOFTCAP`: their tanh has an error of 1e-6, scores have c times
+  that.
+- sinks: [H], in any floating-point dtype, or None; it has a gradient.
 - Returns [B, H, S_q, D] in q's dtype, as the transpose of a contiguous [B, S_q, H, D], and the logarithm to base 2 of
-  the sum of exp(scores), [B, H, S_q] in fp32, +inf where there is no key (for the backward pass; no gradient).
+  the sum of exp(scores), [B, H, S_q] in fp32, +inf where there is no score (for the backward pass; no gradient; the
+  reference has zeros without soft cap and sinks).
 - Values of keys that no query of a tile sees are not read: a NaN there does not spread, as zero times NaN would.
 - Raises ValueError, naming the argument, its value and what is allowed.
 
@@ -52,7 +59,11 @@ CONFIGS = {
 }
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> str | None:
+# Scores up to here have an error below 1e-3, as weights rounded to bfloat16 or float16 have.
+MAX_SOFTCAP = 1000.0
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, softcap: float = 0.0) -> str | None:
     """Why the Triton kernels cannot take these arguments (the op then runs its reference), or None."""
     reason = no_triton(q)
     if reason is not None:
@@ -63,6 +74,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> str | None:
         return f"head_dim is {q.shape[3]}; allowed: {', '.join(map(str, CONFIGS))}"
     if not 0 < scale < math.inf:
         return f"scale is {scale}; allowed: positive numbers"
+    if softcap > MAX_SOFTCAP:
+        return f"softcap is {softcap}; allowed: up to {MAX_SOFTCAP:g}"
     block_n = CONFIGS[int(q.shape[3])][0].block_n
     if k.shape[2] < block_n:
         return f"there are {k.shape[2]} keys; allowed: {block_n} and more"
@@ -81,14 +94,51 @@ def dense_mask(q: Tensor, k: Tensor, key_keep: Tensor | None, left: int | None, 
     return keep.expand(*keep.shape[:-2], q.shape[2], k.shape[2])
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, left: int | None,
-              right: int | None, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, left: int | None,
+    right: int | None, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op in plain torch: differentiable, compilable, float64 for float64 inputs."""
     gqa = bool(q.shape[1] != k.shape[1])
     mask = dense_mask(q, k, key_keep, left, right)
+    if softcap or sinks is not None:
+        scores, _ = _scores(q, k, mask, scale, softcap)
+        p, lse = _weights(scores, sinks)
+        wide = (p @ v.to(p.dtype)[:, :, None]).flatten(1, 2).to(q.dtype)
+        return wide.transpose(1, 2).contiguous().transpose(1, 2), lse.flatten(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
     out = out.transpose(1, 2).contiguous().transpose(1, 2)
-    return out, q.new_zeros(q.shape[:3], dtype=torch.float32)
+    return out, q.new_zeros(q.shape[:3], dtype=_wide(q))
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _grouped(x: Tensor, kv_heads: Any) -> Tensor:
+    """[B, H, S, D] as [B, H_kv, H / H_kv, S, D], in float32 at least."""
+    return x.to(_wide(x)).unflatten(1, (kv_heads, int(x.shape[1]) // int(kv_heads)))
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """Scores [B, H_kv, H / H_kv, S_q, S_k], -inf where the mask does not keep, and the slope of the soft cap."""
+    scores = _grouped(q, k.shape[1]) @ k.to(_wide(k))[:, :, None].mT * scale
+    slope = None
+    if softcap:
+        bounded = (scores / softcap).tanh()
+        scores, slope = bounded * softcap, 1 - bounded * bounded
+    return scores.masked_fill(~(mask[:, :, None] if mask.dim() == 4 else mask), -math.inf), slope
+
+
+def _weights(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The softmax, zeros where there is no score, and the logarithm to base 2 of its denominator."""
+    keys = scores.shape[-1]
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, *scores.shape[1:3], 1, 1).expand(*scores.shape[:4], 1)
+        scores = torch.cat((scores, column), -1)
+    lse = scores.logsumexp(-1).detach() * math.log2(math.e)
+    empty = lse == -math.inf
+    return scores.softmax(-1).masked_fill(empty[..., None], 0.0)[..., :keys], lse.masked_fill(empty, math.inf)
 
 
 def _key_range(key_keep: Tensor) -> Tensor:
@@ -117,7 +167,7 @@ def _require(ok: bool, argument: str, value: object, allowed: str) -> None:
         raise ValueError(f"masked_attention: {argument} is {value}; allowed: {allowed}")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, softcap: float, sinks: Tensor | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _require(x.dim() == 4, f"{name}.shape", tuple(x.shape), "four dimensions [B, H, S, D]")
         _require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"q's {q.dtype}")
@@ -132,6 +182,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None) -> None:
         shape = tuple(key_keep.shape)
         ok = len(shape) == 2 and (shape[0] == 1 or shape[0] == q.shape[0]) and shape[1] == k.shape[2]
         _require(ok, "key_keep.shape", shape, f"[{q.shape[0]} or 1, {k.shape[2]}]")
+    _require(0 <= softcap < math.inf, "softcap", softcap, "0 and more")
+    if sinks is not None:
+        _require(sinks.dim() == 1 and sinks.shape[0] == heads, "sinks.shape", tuple(sinks.shape), f"[{heads}]")
+        _require(sinks.dtype.is_floating_point, "sinks.dtype", sinks.dtype, "floating-point numbers")
+        _require(sinks.device == q.device, "sinks.device", sinks.device, f"q's {q.device}")
 
 
 def _ranges(key_keep: Tensor | None, key_range: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -140,14 +195,17 @@ def _ranges(key_keep: Tensor | None, key_range: Tensor | None) -> tuple[Tensor |
     return key_keep.contiguous(), _key_range(key_keep) if key_range is None else key_range
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, left: int | None,
-             right: int | None, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check(q, k, v, key_keep)
-    if q.numel() == 0 or supports(q, k, v, scale) is not None:
-        return reference(q, k, v, key_keep, key_range, left, right, scale)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, left: int | None,
+    right: int | None, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check(q, k, v, key_keep, softcap, sinks)
+    if q.numel() == 0 or supports(q, k, v, scale, softcap) is not None:
+        return reference(q, k, v, key_keep, key_range, left, right, scale, softcap, sinks)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     config = CONFIGS[int(q.shape[3])][0]
-    out = attend(q, k, v, *_ranges(key_keep, key_range), Band(left, right), scale, config, lse)
+    sinks = None if sinks is None else sinks.contiguous()
+    out = attend(q, k, v, *_ranges(key_keep, key_range), Band(left, right), scale, config, lse, softcap, sinks)
     return out.transpose(1, 2), lse
 
 
@@ -155,43 +213,43 @@ masked_attention = define_op("torch_fuse::masked_attention", _forward)
 
 
 @masked_attention.register_fake
-def _fake(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, left: int | None,
-          right: int | None, scale: float) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check(q, k, v, key_keep)
-    return output(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, left: int | None,
+    right: int | None, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check(q, k, v, key_keep, softcap, sinks)
+    return output(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=_wide(q))
 
 
-def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_keep: Tensor | None,
-               key_range: Tensor | None, left: int | None, right: int | None,
-               scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if q.numel() == 0 or supports(q, k, v, scale) is not None:
-        return _reference_gradients(grad, q, k, v, key_keep, left, right, scale)
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_keep: Tensor | None,
+    key_range: Tensor | None, left: int | None, right: int | None, scale: float, softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if q.numel() == 0 or supports(q, k, v, scale, softcap) is not None:
+        mask = dense_mask(q, k, key_keep, left, right)
+        return _reference_gradients(grad, q, k, v, mask, scale, softcap, sinks)
     if grad.stride(3) != 1 or grad.stride(2) >= 2**23:
         grad = grad.contiguous()
     delta = (out.float() * grad.float()).sum(-1)
     _, key_config, query_config = CONFIGS[int(q.shape[3])]
     ranges = _ranges(key_keep, key_range)
-    grads = backward(grad, q, k, v, lse, delta, *ranges, Band(left, right), scale, key_config, query_config)
+    grads = backward(grad, q, k, v, lse, delta, *ranges, Band(left, right), scale, key_config, query_config, softcap)
     return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
 
 
-def _reference_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, left: int | None,
-                         right: int | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _reference_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float, sinks: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients in plain torch, in the inputs' dtype at least float32."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    batch, heads, length, dim = q.shape
-    kv = k.shape[1]
-    group = int(heads) // int(kv)
-    g, x = (t.to(wide).reshape(batch, kv, group, length, dim) for t in (grad, q))
-    y, z = (t.to(wide)[:, :, None] for t in (k, v))
-    mask = dense_mask(q, k, key_keep, left, right)
-    mask = mask[:, :, None] if mask.dim() == 4 else mask
-    scores = (x @ y.mT * scale).masked_fill(~mask, -math.inf)
-    p = scores.softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    g, x = (_grouped(t, k.shape[1]) for t in (grad, q))
+    y, z = (t.to(_wide(t))[:, :, None] for t in (k, v))
+    scores, slope = _scores(q, k, mask, scale, softcap)
+    p, _ = _weights(scores, sinks)
     dp = g @ z.mT
     ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    dq = (ds @ y).reshape(batch, heads, length, dim)
-    dk, dv = (ds.mT @ x).sum(2), (p.mT @ g).sum(2)
+    ds = ds if slope is None else ds * slope
+    dq, dk, dv = (ds @ y).flatten(1, 2), (ds.mT @ x).sum(2), (p.mT @ g).sum(2)
     return tuple(t.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for t in (dq, dk, dv))  # type: ignore[return-value]
 
 
@@ -199,15 +257,26 @@ masked_attention_backward = define_op("torch_fuse::masked_attention_backward", _
 
 
 @masked_attention_backward.register_fake
-def _fake_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_keep: Tensor | None,
-                    key_range: Tensor | None, left: int | None, right: int | None,
-                    scale: float) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _fake_gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_keep: Tensor | None,
+    key_range: Tensor | None, left: int | None, right: int | None, scale: float, softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return output(q).transpose(1, 2), output(k).transpose(1, 2), output(v).transpose(1, 2)
 
 
+def _sink_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """-sum(p * delta) over batch and queries, where p is the weight of the sink and delta = sum(out * grad).
+
+    A softmax has d(score) = p * (dp - delta) for each of its scores; the sink's value, and so its dp, is zero.
+    """
+    p = torch.exp2(sinks.to(lse.dtype)[:, None] * math.log2(math.e) - lse)
+    return -(p * (out.to(lse.dtype) * grad.to(lse.dtype)).sum(-1)).sum((0, 2)).to(sinks.dtype)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, key_keep, ranges, *options = inputs
-    ctx.save_for_backward(q, k, v, *output, key_keep, ranges)
+    q, k, v, key_keep, ranges, *options, sinks = inputs
+    ctx.save_for_backward(q, k, v, *output, key_keep, ranges, sinks)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.options = options
@@ -215,9 +284,12 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad: Tensor | None, _lse: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 8
-    q, k, v, out, lse, key_keep, ranges = ctx.saved_tensors
-    return *masked_attention_backward(grad, q, k, v, out, lse, key_keep, ranges, *ctx.options), *[None] * 5
+        return (None,) * 10
+    q, k, v, out, lse, key_keep, ranges, sinks = ctx.saved_tensors
+    needed = sinks is not None and ctx.needs_input_grad[9]  # arguments left to their defaults are not counted
+    d_sinks = _sink_gradient(grad, out, lse, sinks) if needed else None
+    grads = masked_attention_backward(grad, q, k, v, out, lse, key_keep, ranges, *ctx.options, sinks)
+    return *grads, *[None] * 6, d_sinks
 
 
 masked_attention.register_autograd(_backward, setup_context=_save_for_backward)

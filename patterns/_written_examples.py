@@ -273,12 +273,6 @@ def _returned(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, weights
 
 
-def _sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # GPT-OSS
-    scores = torch.cat([q @ k.mT, q[..., :1]], dim=-1)
-    scores = scores - scores.max(dim=-1, keepdim=True).values
-    return scores.softmax(-1)[..., :-1] @ v
-
-
 def _written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT
     scores.masked_fill_(_causal(q), -math.inf)
@@ -294,8 +288,6 @@ def _query_written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 _UNLIKE: dict[str, Attend] = {
     "weights_returned": _returned,
-    "softcap": lambda q, k, v: (torch.tanh(q @ k.mT / 5) * 5).softmax(-1) @ v,
-    "sinks": _sinks,
     "softmax_over_queries": lambda q, k, v: (q @ k.mT).softmax(-2) @ v,
     "squared_scores": lambda q, k, v: (q @ k.mT).square().softmax(-1) @ v,
     "weights_scaled": lambda q, k, v: ((q @ k.mT).softmax(-1) * 2) @ v,

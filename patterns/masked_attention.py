@@ -75,14 +75,14 @@ class MaskedAttention(Pattern):
         scale = q.shape[3] ** -0.5 if attention.scale is None else attention.scale
         if not isinstance(value(scale), (int, float, torch.SymFloat)):
             raise Miss("the scale is no number", anchor)
-        _check_sources(mask)
+        check_sources(mask)
         sources = list(mask.sources.values())
         view.order.check_unwritten(sources, view.order.index[anchor])
         inputs = [attention.query, key, val, *sources]
         inputs += [scale] if isinstance(scale, Node) else []
         bindings = {"nodes": (attention.query, key, val), "mask": mask, "scale": scale, "fake_mode": view.fake_mode}
         region = frozenset({anchor, *repetition})
-        return Match(anchor, bindings, (anchor,), region, tuple(inputs), _describe(mask))
+        return Match(anchor, bindings, (anchor,), region, tuple(inputs), describe(mask))
 
     def check(self, match: Match, options: Options) -> str | None:
         if options.kernels == "reference":
@@ -107,7 +107,7 @@ class MaskedAttention(Pattern):
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
         mask, op, keep, ranges = match.bindings["mask"], masked_attention, None, None
         if mask.keys != sympy.true:
-            keep = _Keys(mask, match.bindings["nodes"][0], match.bindings["nodes"][1], builder).emit(mask.keys)
+            keep = KeptKeys(mask, match.bindings["nodes"][0], match.bindings["nodes"][1], builder).emit(mask.keys)
         target = op.reference if options.kernels == "reference" else op.masked_attention
         if keep is not None and options.kernels != "reference":
             ranges = builder.shared(op.key_range, keep)
@@ -144,7 +144,7 @@ def _check_shapes(query: Node, key: Node, val: Node, mask: Node, anchor: Node) -
             raise Miss("the mask's shape is not known to be the scores'", anchor)
 
 
-def _check_sources(mask: Mask) -> None:
+def check_sources(mask: Mask) -> None:
     """Raises Miss unless the keys' condition loads values by batch and key, or by key, and compares them to numbers."""
     by_batch, by_key = _axes(mask)
     for load in loads(mask.keys):
@@ -170,7 +170,7 @@ def _axes(mask: Mask) -> tuple[sympy.Symbol, sympy.Symbol]:
 
 
 @dataclass(frozen=True)
-class _Keys:
+class KeptKeys:
     """Emits which keys are kept, [B, S_k] or [1, S_k]; layers that share a mask share this."""
 
     mask: Mask
@@ -222,7 +222,8 @@ class _Keys:
         return slice(None, wanted if isinstance(wanted, int) else self.builder.shared("size", node, dim))
 
 
-def _describe(mask: Mask) -> str:
+def describe(mask: Mask) -> str:
+    """What was proven, for the report."""
     parts = []
     if mask.right == 0 and mask.left is not None:
         parts.append(f"a causal window of {mask.left + 1}")

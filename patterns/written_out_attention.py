@@ -19,7 +19,7 @@ What holds:
   (masks that are added and depend on data, where gradients are needed). Integers and parameters, and what layers make
   of data, are taken to be moderate as biases; a floating-point input of the graph may be a mask, and is refused.
 - Dropout would draw other random numbers: attention that drops weights stays as it is. So does attention whose weights
-  are used elsewhere too, with softcap, or with sinks.
+  are used elsewhere too. With a soft cap or sinks, it is `softcap_sinks_attention`'s.
 
 Wins on CUDA and CPU from some length on, the more the longer: nothing of size S_q x S_k is stored.
 """
@@ -72,16 +72,18 @@ class WrittenOutAttention(Pattern):
             return None
         region = written.nodes | written.before
         operands = tuple(operand.node for operand in _operands(written))
-        refusal = _refusal(written)
+        refusal = refusal_of(written)
+        if not refusal and (written.cap is not None or written.sinks is not None):
+            return None
         bindings: dict[str, Any] = {"written": written, "refusal": refusal}
         if refusal:
             return Match(anchor, bindings, (anchor,), region, operands)
-        _check_dtypes(written)
+        check_dtypes(written)
         sizes = batch_sizes(written)
         if sizes is None:
             raise Miss("the scores have more than batch, head, query and key, or heads are split unclearly", anchor)
         plan = plan_mask(written, view.order, view.shape_env)
-        factors = tuple(_folded(factor, view.order, anchor) for factor in written.factors)
+        factors = tuple(folded(factor, view.order, anchor) for factor in written.factors)
         split = {x.node: source for x in _operands(written) if (source := _split_before(x, sizes, view.order, anchor))}
         operands = (*operands, *split.values())
         bindings |= {"sizes": sizes, "plan": plan, "factors": factors, "split": split}
@@ -138,7 +140,8 @@ class WrittenOutAttention(Pattern):
         return _written_examples.near_misses()
 
 
-def _refusal(written: WrittenOut) -> str:
+def refusal_of(written: WrittenOut) -> str:
+    """Why it stays as it is, or ""."""
     if written.refusal:
         return written.refusal
     if not (isinstance(written.dropout_p, (int, float)) and written.dropout_p == 0):
@@ -146,7 +149,8 @@ def _refusal(written: WrittenOut) -> str:
     return ""
 
 
-def _check_dtypes(written: WrittenOut) -> None:
+def check_dtypes(written: WrittenOut) -> None:
+    """Raises Miss unless its parts are of one floating-point dtype, and not computed in float64 on the way."""
     out = tensor(written.node)
     assert out is not None
     if not out.dtype.is_floating_point or out.dtype.itemsize == 1:
@@ -173,13 +177,13 @@ def _operands(written: WrittenOut) -> tuple[Operand, Operand, Operand]:
     return written.query, written.key, written.value
 
 
-def _folded(factor: Factor, order: Order, anchor: Node) -> Factor:
+def folded(factor: Factor, order: Order, anchor: Node) -> Factor:
     """The factor as a number, when it is a constant tensor with one element."""
     found = tensor(factor.number)
     if found is None or found.dim() > 0:
         return factor
-    folded = fold_constant(factor.number, order, anchor)
-    return factor if folded is None else replace(factor, number=folded.item())
+    number = fold_constant(factor.number, order, anchor)
+    return factor if number is None else replace(factor, number=number.item())
 
 
 def _split_before(operand: Operand, sizes: tuple[Any, Any], order: Order, anchor: Node) -> Node | None:

@@ -16,10 +16,16 @@ from spelled import Block, Spelling, make_input
 from torch import Tensor
 
 from torch_fuse import Options
-from torch_fuse.patterns import _gated_residual_norm_examples, gated_residual_norm, masked_attention
+from torch_fuse.patterns import (
+    _gated_residual_norm_examples,
+    gated_residual_norm,
+    masked_attention,
+    softcap_sinks_attention,
+)
 
 AUTO = Options(kernels="auto", unmeasured=True, on_error="raise")
 
+PATTERNS = ("norm_qkv_rope_attention", "gated_residual_norm", "masked_attention", "softcap_sinks_attention")
 SPELLINGS = {
     "half": Spelling(),
     "partial_interleaved": Spelling(rotary_dim=4, interleaved=True),
@@ -61,6 +67,36 @@ def padded() -> Comparison:
     return compare(three_layers, (x, y, padding), options=AUTO, draws=1)
 
 
+def two_written_out(x: Tensor, y: Tensor, sinks: Tensor, padding: Tensor) -> list[Tensor]:
+    """As Gemma 2 and gpt-oss write attention: with a soft cap in a window; with sinks and padding."""
+    i, results = torch.arange(x.shape[1]), []
+    keep = i[None] <= i[:, None]
+    for layer, mask in enumerate((keep & (i[None] > i[:, None] - 20), keep & (padding != 0)[:, None, None])):
+        q, k, v = (t.unflatten(2, (-1, 32)).transpose(1, 2) for t in (x, y, y * 0.5))
+        k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).reshape(q.shape) for t in (k, v))
+        scores = q @ k.transpose(2, 3) * 0.3
+        if layer == 0:
+            scores = torch.tanh(scores / 2.0) * 2.0
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if layer == 1:
+            scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)], dim=-1)
+            scores = scores - scores.max(dim=-1, keepdim=True).values
+        weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        x = ((weights[..., :-1] if layer == 1 else weights) @ v).transpose(1, 2).flatten(2)
+        results.append(x)
+    return results
+
+
+def capped_and_sunk() -> Comparison:
+    """Both features of the kernels, through the pattern."""
+    softcap_sinks_attention.MIN_QUERIES_WITH_GRADIENTS["cuda"] = softcap_sinks_attention.MIN_QUERIES["cuda"] = 1
+    x, y = (torch.randn(2, 70, n, dtype=torch.float16, requires_grad=True) for n in (64, 32))
+    padding = torch.ones(2, 70, dtype=torch.int64)
+    padding[0, 60:], padding[1, :5] = 0, 0
+    sinks = torch.randn(2, dtype=torch.float16, requires_grad=True)
+    return compare(two_written_out, (x, y, sinks, padding), options=AUTO, draws=1)
+
+
 def main() -> None:
     results = {name: spelled(name) for name in SPELLINGS}
     for name in ("GPTNeoX", "Qwen3", "Wan"):
@@ -74,11 +110,11 @@ def main() -> None:
         results[name] = compare(model, inputs, options=AUTO, draws=2)
     results["padded"] = padded()
     assert results["padded"].fused("masked_attention") == 3, results["padded"].reasons
+    results["capped_and_sunk"] = capped_and_sunk()
+    assert results["capped_and_sunk"].fused("softcap_sinks_attention") == 2, results["capped_and_sunk"].reasons
     told = {
         name: {
-            "fused": max(
-                r.fused(pattern) for pattern in ("norm_qkv_rope_attention", "gated_residual_norm", "masked_attention")
-            ),
+            "fused": max(r.fused(pattern) for pattern in PATTERNS),
             "problems": r.problems,
             "report": r.reasons,
         }

@@ -1,4 +1,4 @@
-"""Models of transformers with eager attention: every attention becomes SDPA, or stays with a reason, and agrees."""
+"""Models of transformers with eager attention: each site is fused, or stays with a reason, and agrees."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 _IMAGES = {**_SIZES, "image_size": 8, "patch_size": 2}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2, "sliding_window": 4}
+_GEMMA = {**_GROUPED, "attn_logit_softcapping": 1.5}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPTNeoX": ("GPTNeoXModel", _SIZES),
     "Llama": ("LlamaModel", {**_SIZES, "num_key_value_heads": 2}),
@@ -24,8 +26,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "MPT": ("MptModel", {"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 97, "max_seq_len": 64}),
     "T5": ("T5EncoderModel", {"d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 1, "d_ff": 37, "vocab_size": 97}),
     "ViT": ("ViTModel", {key: _IMAGES[key] for key in _IMAGES if key not in ("vocab_size", "max_position_embeddings")}),
-    "Gemma2": ("Gemma2Model", {**_SIZES, "num_key_value_heads": 2, "head_dim": 8}),
+    "Gemma2": ("Gemma2Model", _GEMMA),
+    "VaultGemma": ("VaultGemmaModel", _GEMMA),
+    "GptOss": (
+        "GptOssModel",
+        {**_GROUPED, "num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "batched_mm"},
+    ),
 }
+SOFTCAP_SINKS = {"Gemma2": 2, "VaultGemma": 2, "GptOss": 2}  # a layer in a window, and one over all keys
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -56,21 +64,37 @@ def padded(name: str) -> dict[str, Any]:
 
 def outcomes(result: Comparison) -> list[tuple[str, str]]:
     """Status and reason of each attention."""
-    return [(site.status, site.reason) for site in result.report.sites if site.pattern == PATTERN]
+    found = (PATTERN, "softcap_sinks_attention")
+    return [(site.status, site.reason) for site in result.report.sites if site.pattern in found]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients_agree(name: str, dtype: torch.dtype) -> None:
     result = compare(build(name, dtype), kwargs=inputs(name, dtype), draws=1)
-    (outcome,) = outcomes(result)
-    if name == "Gemma2":
-        assert outcome == ("kept", "the scores go through tanh (softcap)")
+    (outcome, *others) = outcomes(result)
+    if name in SOFTCAP_SINKS:
+        assert result.fused("softcap_sinks_attention") == SOFTCAP_SINKS[name] == 1 + len(others), result.reasons
+        assert any("a causal window of 4" in reason for _, reason in (outcome, *others)), result.reasons
     elif (name, dtype) == ("MPT", torch.bfloat16):  # ALiBi stays float32
         assert outcome == ("missed", "the bias is torch.float32, which SDPA would round to torch.bfloat16")
     else:
         assert outcome[0] == "fused", outcome
     assert not result.problems, result.reasons
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "GptOss"])
+def test_padding_of_capped_scores_and_with_sinks_agrees(name: str) -> None:
+    for grad in (False, True):
+        result = compare(build(name), kwargs=padded(name), draws=1, grad=grad)
+        for status, reason in outcomes(result):
+            if name == "GptOss":  # whose sinks take the weight of queries without a key
+                assert (status, "padding from" in reason) == ("fused", True), reason
+            elif grad:
+                assert (status, "may exclude every key" in reason) == ("missed", True), reason
+            else:
+                assert (status, "computed apart" in reason) == ("fused", True), reason
+        assert len(outcomes(result)) == 2 and not result.problems, result.reasons
 
 
 @pytest.mark.parametrize("name", ["GPTNeoX", "BERT", "BLOOM", "MPT", "T5"])

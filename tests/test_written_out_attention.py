@@ -44,8 +44,6 @@ def later(length: int) -> Tensor:
 
 REASONS = {
     "weights_returned": "the attention weights are used elsewhere too (output_attentions)",
-    "softcap": "the scores go through tanh (softcap)",
-    "sinks": "attention sinks",
     "squared_scores": "the scores go through square",
     "filled_with_a_score": "replaced by -3.0, which does not take a key out",
     "filled_then_scaled": "the scores are scaled after masking",

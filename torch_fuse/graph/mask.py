@@ -53,7 +53,9 @@ class Mask:
         return self.left is None and self.right == 0 and self.keys == sympy.true
 
 
-def match_mask(node: Node, order: Order, before: Node, shape_env: ShapeEnv | None) -> Mask:
+def match_mask(
+    node: Node, order: Order, before: Node, shape_env: ShapeEnv | None, *, inverted: bool = False, any_row: bool = False
+) -> Mask:
     """What a mask keeps.
 
     Args:
@@ -61,6 +63,8 @@ def match_mask(node: Node, order: Order, before: Node, shape_env: ShapeEnv | Non
         order: positions of the graph's nodes.
         before: the attention that reads the mask.
         shape_env: of the graph, for dynamic sizes.
+        inverted: the mask is boolean, and True means that the key is not attended to.
+        any_row: also take masks that exclude by a finite number and may exclude every key of a row.
 
     Raises:
         Miss: with the reason why nothing is proven.
@@ -71,16 +75,17 @@ def match_mask(node: Node, order: Order, before: Node, shape_env: ShapeEnv | Non
     trace = IndexTrace()
     try:
         keep, finite = _keep_condition(trace.trace(node), found, node)
+        keep = sympy.Not(keep) if inverted else keep
         order.check_unwritten(list(trace.nodes), order.index[before])
         mask = _decide(keep, found, node, shape_env, trace)
-        if finite and not _keeps_a_key(mask, found, shape_env):
+        if finite and not any_row and not _keeps_a_key(mask, found, shape_env):
             raise Miss("the mask adds a finite number: rows without a key would average all values", node)
         return mask
     except Miss as symbolic:
         folded = fold_constant(node, order, before)
         if folded is None:
             raise
-        meaning = _evaluate(folded)
+        meaning = _evaluate(~folded if inverted else folded)
         if meaning is None:
             raise Miss(symbolic.reason, symbolic.node) from None
         return meaning

@@ -74,7 +74,7 @@ def plan_mask(written: WrittenOut, order: Order, shape_env: ShapeEnv | None) -> 
     if len(terms) - len(excluding) > 1 and _wider(written):
         raise Miss(f"several biases are added in a wider dtype than {out.dtype}", before)
     for fill in written.fills:
-        _check_low(fill, written)
+        check_low(fill, written)
         kept.append(match_kept_keys(fill.mask, order, before, shape_env, inverted=fill.inverted))
     note = _describe(written, len(excluding))
     if not kept or frozenset.intersection(*kept):
@@ -117,7 +117,8 @@ def _check_factors(term: Term) -> None:
         raise Miss("the mask is scaled after it is added", term.node)
 
 
-def _check_low(fill: Fill, written: WrittenOut) -> None:
+def check_low(fill: Fill, written: WrittenOut) -> None:
+    """Raises Miss unless replaced scores have a weight of zero."""
     scores = tensor(written.scores)
     assert scores is not None
     lowest = LOW_FILL_FLOAT16 if scores.dtype == torch.float16 else LOW_FILL

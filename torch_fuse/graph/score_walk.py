@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch_fuse.graph.calls import Call, call_of
 from torch_fuse.graph.norm import strip_casts
 from torch_fuse.graph.product import Product, match_product
 from torch_fuse.graph.score_bias import constant
+from torch_fuse.graph.score_sinks import drops_last_column, joined_sinks, row_maximum
 from torch_fuse.graph.values import same_shape, tensor
 
 _LIMIT = 24  # steps between the two products
@@ -64,6 +64,21 @@ class Fill:
 
 
 @dataclass(frozen=True)
+class Cap:
+    """Scores that go through tanh.
+
+    Attributes:
+        factors: what they are multiplied by then.
+        terms: number of terms that are added later.
+        fills: number of masks that replace them later.
+    """
+
+    factors: tuple[Factor, ...]
+    terms: int
+    fills: int
+
+
+@dataclass(frozen=True)
 class Walk:
     """What was seen on the way back from the result."""
 
@@ -75,6 +90,10 @@ class Walk:
     fills: tuple[Fill, ...] = ()
     dropout_p: Any = 0.0
     softmax: Node | None = field(default=None)
+    cap: Cap | None = None
+    sinks: Node | None = None
+    sink_nodes: frozenset[Node] = frozenset()
+    drops_sinks: bool = False
     refusal: str = ""
 
     def over(self, node: Node, **changes: Any) -> Walk:
@@ -84,6 +103,11 @@ class Walk:
     def refuse(self, reason: str) -> str:
         """The first reason not to take the attention."""
         return self.refusal or reason
+
+    @property
+    def touched(self) -> bool:
+        """Whether anything was seen between the softmax and here."""
+        return bool(self.factors or self.terms or self.fills or self.cap)
 
 
 # -- from the result to the softmax --------------------------------------------------------------------------------
@@ -103,8 +127,10 @@ def weights_of(node: Any, walk: Walk) -> tuple[Walk, Product] | None:
         if call.op == "dropout":
             drops = call["training"] is not False and walk.dropout_p == 0
             walk = walk.over(node, dropout_p=call["p"] if drops else walk.dropout_p)
-        elif call.op == "getitem" and _drops_last_column(call["index"]):
-            walk = walk.over(node, refusal=walk.refuse("attention sinks: a column of the weights is dropped"))
+        elif call.op in ("getitem", "narrow") and drops_last_column(node, call) and not walk.drops_sinks:
+            walk = walk.over(node, drops_sinks=True)
+        elif call.op == "getitem" and found.dim() == tensor(source).dim():  # type: ignore[union-attr]
+            walk = walk.over(node, refusal=walk.refuse("a part of the attention weights is taken"))
         elif _is_view(call, node):
             walk = walk.over(node, heads=_split(node, walk.heads))
         elif _is_cast(call, node) or call.op in ("contiguous", "clone"):
@@ -121,11 +147,6 @@ def _autocast(node: Node, call: Call) -> str:
     if before is None or after is None or (before.dtype != after.dtype and not asked):
         return "autocast changes the dtype of the softmax"
     return ""
-
-
-def _drops_last_column(index: Any) -> bool:
-    last = index[-1] if isinstance(index, tuple) and index else None
-    return isinstance(last, slice) and last.start in (None, 0) and last.stop is not None
 
 
 def _is_cast(call: Call, node: Node) -> bool:
@@ -178,10 +199,16 @@ def _scores(node: Any, walk: Walk) -> tuple[Walk, Product] | None:
     if call.op in ("masked_fill", "where"):
         return _filled(node, call, found, walk)
     if call.op == "cat":
-        first = call["tensors"][0] if isinstance(call["tensors"], (list, tuple)) else None
-        return _scores(first, walk.over(node, refusal=walk.refuse("attention sinks: a column is joined to the scores")))
-    if call.op == "sub" and _is_row_maximum(call["other"], call["input"]):
-        return _scores(call["input"], walk.over(node, refusal=walk.refuse("the scores have their maximum subtracted")))
+        return _joined(node, call, found, walk)
+    if call.op == "tanh":
+        second = walk.refuse("the scores go through tanh twice") if walk.cap is not None else walk.refusal
+        cap = Cap(walk.factors, len(walk.terms), len(walk.fills))
+        return _scores(call["input"], walk.over(node, cap=cap, factors=(), refusal=second))
+    if call.op == "sub" and call["alpha"] == 1 and (maximum := row_maximum(call["other"], call["input"])):
+        late = walk.touched or walk.sinks is not None
+        between = "the scores are changed after their maximum is subtracted" if late else ""
+        further = walk.over(node, refusal=walk.refuse(between))
+        return _scores(call["input"], replace(further, nodes=further.nodes | maximum))
     return _through_unknown(node, walk, call.op)
 
 
@@ -189,22 +216,30 @@ def _through_unknown(node: Node, walk: Walk, name: str) -> tuple[Walk, Product] 
     same = [x for x in node.all_input_nodes if tensor(x) is not None and alike(x, node)]
     if len(same) != 1:
         return None
-    shown = "tanh (softcap)" if name == "tanh" else name
-    return _scores(same[0], walk.over(node, refusal=walk.refuse(f"the scores go through {shown}")))
+    return _scores(same[0], walk.over(node, refusal=walk.refuse(f"the scores go through {name}")))
+
+
+def _joined(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Walk, Product] | None:
+    """Over the cat of scores and sinks."""
+    joined = joined_sinks(call, found)
+    if joined is None:
+        reason = "what is joined to the scores is not one number a head"
+    elif not walk.drops_sinks or walk.sinks is not None:
+        reason = "their column is not dropped"
+    elif walk.touched:
+        reason = "the scores are changed after they are joined"
+    else:
+        scores, sinks, between = joined
+        return _scores(scores, walk.over(node, sinks=sinks, sink_nodes=between))
+    further = walk.over(node, drops_sinks=False, refusal=walk.refuse(f"attention sinks: {reason}"))
+    parts = call["tensors"] if isinstance(call["tensors"], (list, tuple)) else ()
+    return next((seen for part in parts if (seen := _scores(part, further)) is not None), None)
 
 
 def alike(a: Any, b: Any) -> bool:
     """Whether two nodes are tensors known to be of one shape."""
     x, y = tensor(a), tensor(b)
     return x is not None and y is not None and same_shape(x.shape, y.shape)
-
-
-def _is_row_maximum(node: Any, scores: Any) -> bool:
-    while isinstance(node, Node) and node.op == "call_function" and node.target in (operator.getitem, getattr):
-        node = node.args[0]
-    name = str(node.target) if isinstance(node, Node) and node.op == "call_method" else ""
-    name = name or getattr(getattr(node, "target", None), "__name__", "")
-    return name in ("max", "amax") and bool(node.args) and node.args[0] is scores
 
 
 def _sum(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Walk, Product] | None:

@@ -1,7 +1,8 @@
 """Recogniser: softmax(q @ k.T * scale + mask) @ v written out, traced back from its result.
 
 Casts, views, dropout, scaling, masking and biases between the two products are looked through and recorded. What is
-an attention but no `scaled_dot_product_attention` (softcap, sinks, weights that are returned) has a `refusal`.
+an attention but neither `scaled_dot_product_attention` nor one with a soft cap or sinks (weights that are returned,
+scores that are squared) has a `refusal`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.fx import Node
 from torch_fuse.graph.calls import Call, call_of
 from torch_fuse.graph.linear import transposed_source
 from torch_fuse.graph.product import Operand, Product, match_product
-from torch_fuse.graph.score_walk import Factor, Fill, Term, Walk, alike, weights_of
+from torch_fuse.graph.score_walk import Cap, Factor, Fill, Term, Walk, alike, weights_of
 from torch_fuse.graph.values import equal, same_shape, tensor, value
 
 
@@ -39,7 +40,10 @@ class WrittenOut:
         heads: (batch, heads) when a view between the products, or the products themselves, tell them apart.
         nodes: all nodes from the scores to the result.
         before: nodes that scale, cast or transpose query and key.
-        refusal: why it is not `scaled_dot_product_attention`, or "".
+        refusal: why it is no attention that can be computed otherwise, or "".
+        cap: the soft cap of the scores, between `factors` and all `terms` and `fills`, or None.
+        sinks: [H], a score of each head that joins the softmax and whose weight is dropped, or None.
+        sink_nodes: nodes that repeat the sinks.
     """
 
     node: Node
@@ -57,6 +61,9 @@ class WrittenOut:
     nodes: frozenset[Node]
     before: frozenset[Node]
     refusal: str
+    cap: Cap | None = None
+    sinks: Node | None = None
+    sink_nodes: frozenset[Node] = frozenset()
 
 
 def match_written_out(node: Node) -> WrittenOut | None:
@@ -78,12 +85,17 @@ def match_written_out(node: Node) -> WrittenOut | None:
         if scores.beta != 1:
             refusal = refusal or "the bias is scaled by beta"
         terms = (*terms, Term(scores.addend, len(scores.dims), walk.factors))
+    if walk.drops_sinks and walk.sinks is None:
+        refusal = refusal or "the last column of the weights is dropped"
+    if walk.cap is not None and (len(terms), len(walk.fills)) != (walk.cap.terms, walk.cap.fills):
+        refusal = refusal or "the scores go through tanh after a mask or bias"
     before: set[Node] = set()
     query = _unscaled(scores.left, factors, dtype, before)
     key = _unscaled(_transposed(scores.right), factors, dtype, before)
     written = WrittenOut(
         node, product, query, key, product.right, tuple(factors), terms, walk.fills, walk.softmax,  # type: ignore[arg-type]
         scores.node, walk.dropout_p, _heads(walk.heads, scores, product), walk.nodes, frozenset(before), refusal,
+        walk.cap, walk.sinks, walk.sink_nodes,
     )  # fmt: skip
     return replace(written, refusal=refusal or _escape(written))
 

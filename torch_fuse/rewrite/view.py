@@ -45,7 +45,7 @@ class GraphView:
         self._inner = inner
         self._writes = writes
         self.nodes = list(gm.graph.nodes)
-        self._masks: dict[Node, Mask | Miss] = {}
+        self._masks: dict[tuple[Node, bool, bool], Mask | Miss] = {}
 
     @cached_property
     def order(self) -> Order:
@@ -79,18 +79,21 @@ class GraphView:
             return self._dequants
         raise ValueError(f"kind is {kind!r}; allowed: {', '.join(KINDS)}")
 
-    def mask_meaning(self, mask: Node, before: Node) -> Mask:
-        """What a mask keeps; many layers share one mask, so the answer is remembered.
+    def mask_meaning(self, mask: Node, before: Node, *, inverted: bool = False, any_row: bool = False) -> Mask:
+        """What a mask keeps; many layers share one mask, so the answer is remembered. The options are `match_mask`'s.
 
         Raises:
             Miss: with the reason why its meaning is not proven.
         """
-        if mask not in self._masks:
+        question = (mask, inverted, any_row)
+        if question not in self._masks:
             try:
-                self._masks[mask] = match_mask(mask, self.order, before, self.shape_env)
+                self._masks[question] = match_mask(
+                    mask, self.order, before, self.shape_env, inverted=inverted, any_row=any_row
+                )
             except Miss as miss:
-                self._masks[mask] = miss
-        answer = self._masks[mask]
+                self._masks[question] = miss
+        answer = self._masks[question]
         if isinstance(answer, Miss):
             raise Miss(answer.reason, answer.node)
         self.order.check_unwritten([mask], self.order.index[before])
