@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ._ops import INTERPRETED, on_device_of, tl, triton, wrap_triton
+from ._ops import INTERPRETED, launch, on_device_of, tl, triton
 
 # Head dims, each in one or two powers of two that a matrix instruction takes.
 PARTS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 160: (128, 32),
@@ -274,11 +274,14 @@ def call(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Te
 def attend(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, band: Band,
            scale: float, config: Config, lse: Tensor | None = None, softcap: float = 0.0,
            sinks: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Launches the kernel: [B, S_q, H, D] in memory, and its log-sum-exp in units of log2 into `lse` [B, H, S_q]."""
+    """Launches the kernel, from an opaque op.
+
+    Returns the result, [B, S_q, H, D] in memory; writes its log-sum-exp in units of log2 into `lse` [B, H, S_q].
+    """
     out = output(q)
     grid, arguments, constants = call(q, k, v, key_keep, key_range, band, scale, config, out, lse, softcap, sinks)
     with on_device_of(q):
-        wrap_triton(kernel)[(grid,)](*arguments, **constants)
+        launch(kernel, grid, arguments, constants)
     return out
 
 

@@ -11,6 +11,7 @@ in fp32 and always in the same order; p and ds are rounded to the inputs' dtype 
 """
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from ._flash import (
     store_parts,
     tanh_of,
 )  # fmt: skip
-from ._ops import INTERPRETED, on_device_of, tl, triton, wrap_triton
+from ._ops import INTERPRETED, launch, on_device_of, tl, triton
 
 
 @triton.jit
@@ -221,7 +222,7 @@ def _query_kernel(q, q_b, q_h, q_s, k, k_b, k_h, k_s, v, v_b, v_h, v_s, keep, ke
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, key_keep: Tensor | None,
              key_range: Tensor | None, band: Band, scale: float, key_config: Config,
              query_config: Config, softcap: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launches both kernels; returns dq, dk and dv, each [B, S, H, D] in memory.
+    """Launches both kernels from an opaque op; returns dq, dk and dv, each [B, S, H, D] in memory.
 
     Args:
         grad: of the result, [B, H, S_q, D] with a last stride of 1.
@@ -235,22 +236,23 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: 
     kv, keys = k.shape[1:3]
     dq, dk, dv = q.new_empty(batch, length, heads, dim), *(x.new_empty(batch, keys, kv, dim) for x in (k, v))
     keep, ranges = (q, q) if key_keep is None or key_range is None else (key_keep, key_range)
-    inputs = (
+    inputs = [
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], keep, batch_stride(keep), ranges,
         batch_stride(ranges), grad, *grad.stride()[:3], lse, delta,
-    )  # fmt: skip
-    sizes = (batch, length, keys, scale * math.log2(math.e), scale)
+    ]  # fmt: skip
+    sizes = [batch, length, keys, scale * math.log2(math.e), scale]
     constants = {
         "H": int(heads), "GROUP": int(heads) // int(kv), "D1": PARTS[int(dim)][0], "D2": PARTS[int(dim)][1],
         "KEEP": key_keep is not None, "SOFTCAP": float(softcap), "INTERPRET": INTERPRETED, **band.arguments(),
     }  # fmt: skip
     with on_device_of(q):
-        wrap_triton(_key_kernel)[(triton.cdiv(keys, key_config.block_n) * batch * kv,)](
-            *inputs, dk, dv, *sizes, **constants, BLOCK_M=key_config.block_m, BLOCK_N=key_config.block_n,
-            num_warps=key_config.num_warps, num_stages=key_config.num_stages,
-        )  # fmt: skip
-        wrap_triton(_query_kernel)[(triton.cdiv(length, query_config.block_m) * batch * heads,)](
-            *inputs, dq, *sizes, **constants, BLOCK_M=query_config.block_m, BLOCK_N=query_config.block_n,
-            num_warps=query_config.num_warps, num_stages=query_config.num_stages,
-        )  # fmt: skip
+        grid = triton.cdiv(keys, key_config.block_n) * batch * kv
+        launch(_key_kernel, grid, [*inputs, dk, dv, *sizes], {**constants, **_options(key_config)})
+        grid = triton.cdiv(length, query_config.block_m) * batch * heads
+        launch(_query_kernel, grid, [*inputs, dq, *sizes], {**constants, **_options(query_config)})
     return dq, dk, dv
+
+
+def _options(config: Config) -> dict[str, Any]:
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "num_warps": config.num_warps,
+            "num_stages": config.num_stages}  # fmt: skip

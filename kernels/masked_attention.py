@@ -43,7 +43,7 @@ from torch import Tensor
 
 from ._flash import Band, Config, attend, cannot_read, output
 from ._flash_backward import backward
-from ._ops import define_op, no_triton
+from ._ops import define_op, define_opaque_op, no_triton
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Forward; gradients of keys and values; gradients of queries. benchmarks/bench_masked_attention.py sweeps others.
@@ -209,10 +209,6 @@ def _forward(
     return out.transpose(1, 2), lse
 
 
-masked_attention = define_op("torch_fuse::masked_attention", _forward)
-
-
-@masked_attention.register_fake
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, left: int | None,
     right: int | None, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
@@ -221,8 +217,11 @@ def _fake(
     return output(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=_wide(q))
 
 
+masked_attention = define_opaque_op("torch_fuse::masked_attention", _forward, _fake)
+
+
 def _gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_keep: Tensor | None,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, key_keep: Tensor | None,
     key_range: Tensor | None, left: int | None, right: int | None, scale: float, softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -231,7 +230,6 @@ def _gradients(
         return _reference_gradients(grad, q, k, v, mask, scale, softcap, sinks)
     if grad.stride(3) != 1 or grad.stride(2) >= 2**23:
         grad = grad.contiguous()
-    delta = (out.float() * grad.float()).sum(-1)
     _, key_config, query_config = CONFIGS[int(q.shape[3])]
     ranges = _ranges(key_keep, key_range)
     grads = backward(grad, q, k, v, lse, delta, *ranges, Band(left, right), scale, key_config, query_config, softcap)
@@ -253,25 +251,24 @@ def _reference_gradients(
     return tuple(t.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2) for t in (dq, dk, dv))  # type: ignore[return-value]
 
 
-masked_attention_backward = define_op("torch_fuse::masked_attention_backward", _gradients)
-
-
-@masked_attention_backward.register_fake
 def _fake_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_keep: Tensor | None,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, key_keep: Tensor | None,
     key_range: Tensor | None, left: int | None, right: int | None, scale: float, softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return output(q).transpose(1, 2), output(k).transpose(1, 2), output(v).transpose(1, 2)
 
 
-def _sink_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+masked_attention_backward = define_opaque_op("torch_fuse::masked_attention_backward", _gradients, _fake_gradients)
+
+
+def _sink_gradient(delta: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """-sum(p * delta) over batch and queries, where p is the weight of the sink and delta = sum(out * grad).
 
     A softmax has d(score) = p * (dp - delta) for each of its scores; the sink's value, and so its dp, is zero.
     """
     p = torch.exp2(sinks.to(lse.dtype)[:, None] * math.log2(math.e) - lse)
-    return -(p * (out.to(lse.dtype) * grad.to(lse.dtype)).sum(-1)).sum((0, 2)).to(sinks.dtype)
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -287,9 +284,10 @@ def _backward(ctx: Any, grad: Tensor | None, _lse: Tensor | None) -> tuple[Any, 
         return (None,) * 10
     q, k, v, out, lse, key_keep, ranges, sinks = ctx.saved_tensors
     needed = sinks is not None and ctx.needs_input_grad[9]  # arguments left to their defaults are not counted
-    d_sinks = _sink_gradient(grad, out, lse, sinks) if needed else None
-    grads = masked_attention_backward(grad, q, k, v, out, lse, key_keep, ranges, *ctx.options, sinks)
+    delta = (out.to(lse.dtype) * grad.to(lse.dtype)).sum(-1)  # here, where Inductor makes one kernel of it
+    d_sinks = _sink_gradient(delta, lse, sinks) if needed else None
+    grads = masked_attention_backward(grad, q, k, v, lse, delta, key_keep, ranges, *ctx.options, sinks)
     return *grads, *[None] * 6, d_sinks
 
 
-masked_attention.register_autograd(_backward, setup_context=_save_for_backward)
+torch.library.register_autograd("torch_fuse::masked_attention", _backward, setup_context=_save_for_backward)
