@@ -92,7 +92,7 @@ class GraphView:
                 self._masks[mask] = miss
         answer = self._masks[mask]
         if isinstance(answer, Miss):
-            raise Miss(answer.reason, answer.node)
+            raise type(answer)(answer.reason, answer.node)
         self.order.check_unwritten([mask], self.order.index[before])
         return answer
 
