@@ -51,7 +51,9 @@ class CausalMask(Pattern):
                 raise Kept(reason, anchor) from miss
             bias = bias_source(attention.mask, view.order, anchor)
             if bias is not None:
-                raise Kept(f"the mask adds a bias, {bias.name}, which SDPA reads for each query and key", anchor) from miss
+                raise Kept(
+                    f"the mask adds a bias, {bias.name}, which SDPA reads for each query and key", anchor
+                ) from miss
             raise
         if not (mask.is_causal or mask.keeps_all):
             return None  # padding and windows are masked_attention's

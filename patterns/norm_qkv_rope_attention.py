@@ -30,6 +30,7 @@ from torch_fuse.graph.values import equal, size_hint, static_int, tensor
 from torch_fuse.kernels import qk_norm_rope
 from torch_fuse.options import Options
 from torch_fuse.patterns._rope_in_place import emit_in_place, match_in_place
+from torch_fuse.patterns._rope_tables import check_table_axes, emit_tables
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -100,28 +101,28 @@ class NormQkvRopeAttention(Pattern):
         query, key = match.bindings["query"], match.bindings["key"]
         rope = query.rope
         if match.bindings["in_place"]:
-            cos = _emit_table(rope.cos, 1, query, builder)
-            sin = _emit_table(rope.sin, rope.sin_sign, query, builder)
+            tables = emit_tables(query, builder)
             reference = options.kernels == "reference"
-            emitted = [emit_in_place(p, query, cos, sin, reference, builder) for p in match.bindings["in_place"]]
+            emitted = [emit_in_place(p, query, tables, reference, builder) for p in match.bindings["in_place"]]
             return {old: new for made in emitted for old, new in made.items()}
         op = qk_norm_rope.reference if options.kernels == "reference" else qk_norm_rope.qk_norm_rope
         norm = query.norm
+        tables = emit_tables(query, builder)
         both = builder.call(
             op,
             _emit_heads(query, builder),
             _emit_heads(key, builder),
             _emit_weight(query, builder),
             _emit_weight(key, builder),
-            _emit_table(rope.cos, 1, query, builder),
-            _emit_table(rope.sin, rope.sin_sign, query, builder),
+            tables.cos,
+            tables.sin,
             _norm_name(query),
             0.0 if norm is None else norm.eps,
             0.0 if norm is None else norm.weight_offset,
             rope.rotary_dim,
             rope.interleaved,
-            list(rope.cos_lanes),
-            list(rope.sin_lanes),
+            tables.cos_lanes,
+            tables.sin_lanes,
             tensor(query.result).dtype,  # type: ignore[union-attr]
         )
         return {
@@ -155,8 +156,8 @@ def _check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
         raise Kept(
             f"only the {'key' if q is None else 'query'} is rotated; the kernel rotates both at once", query.result
         )
-    same = (q.head_dim, q.rotary_dim, q.interleaved, q.cos_lanes, q.sin_lanes, q.sin_sign) == (
-        k.head_dim, k.rotary_dim, k.interleaved, k.cos_lanes, k.sin_lanes, k.sin_sign,
+    same = (q.head_dim, q.rotary_dim, q.interleaved, q.cos_lanes, q.sin_lanes, q.sin_sign, q.matrices) == (
+        k.head_dim, k.rotary_dim, k.interleaved, k.cos_lanes, k.sin_lanes, k.sin_sign, k.matrices,
     )  # fmt: skip
     if not (same and view.order.same_value(q.cos, k.cos) and view.order.same_value(q.sin, k.sin)):
         raise Miss("query and key are rotated differently", query.result)
@@ -171,8 +172,7 @@ def _check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
         raise Miss("query and key are projected to different dtypes", key.result)
     if tensor(query.source).dtype != torch.float64 and (_in_float64(query) or _in_float64(key)):  # type: ignore[union-attr]
         raise Kept("it is computed in float64 from lower precision, which no kernel does", query.result)
-    _check_table_axes(q.cos, query)
-    _check_table_axes(q.sin, query)
+    check_table_axes(query)
 
 
 def _in_float64(heads: Heads) -> bool:
@@ -222,22 +222,6 @@ def _like_heads(heads: Heads) -> torch.Tensor:
     return source.new_empty(0).as_strided((batch, sequence, num_heads, head_dim), (0, 0, 0, 0))
 
 
-def _check_table_axes(table: Node, heads: Heads) -> None:
-    """A table has to be broadcast over heads and to have a row for each position."""
-    shape = _table_shape(table, heads)
-    batch, _, sequence, _ = _sizes(heads)
-    sizes = [shape[axis] for axis in heads.axes]
-    if not equal(sizes[1], 1):
-        raise Miss("the tables of cosines and sines differ from head to head", table)
-    if not equal(sizes[2], sequence) or not (equal(sizes[0], 1) or equal(sizes[0], batch)):
-        raise Miss("the tables of cosines and sines have no row for each position", table)
-
-
-def _table_shape(table: Node, heads: Heads) -> list[Any]:
-    shape = list(tensor(table).shape)  # type: ignore[union-attr]
-    return [1] * (4 - len(shape)) + shape
-
-
 # -- emitting ------------------------------------------------------------------------------------------------------
 
 
@@ -267,22 +251,6 @@ def _emit_weight(heads: Heads, builder: Builder) -> Node | None:
     if weight is None or tensor(weight).is_contiguous():  # type: ignore[union-attr]
         return weight
     return builder.call("contiguous", weight)
-
-
-def _emit_table(table: Node, sign: int, heads: Heads, builder: Builder) -> Node:
-    """sign * table as [B or 1, S, lanes]; a complex one with real and imaginary parts next to each other."""
-    found = tensor(table)
-    assert found is not None
-    call, dims = call_of(table), found.dim()
-    without_heads = call is not None and call.op == "unsqueeze" and dims == 4 and call["dim"] % 4 == heads.axes[1]
-    node = call["input"] if call is not None and without_heads else table
-    if found.is_complex():
-        node = builder.shared("flatten", builder.shared(torch.view_as_real, node), -2)
-    if not without_heads:
-        for _ in range(4 - dims):
-            node = builder.shared("unsqueeze", node, 0)
-        node = builder.shared("select", node, heads.axes[1], 0)
-    return node if sign == 1 else builder.call("neg", node)
 
 
 def _emit_result(heads: Heads, node: Node, builder: Builder) -> Node:

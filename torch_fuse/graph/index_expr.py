@@ -139,7 +139,9 @@ class IndexTrace(Views):
     def _element(self, node: Node, found: torch.Tensor) -> Any:
         if node.op in ("placeholder", "get_attr"):
             if found.dtype.is_floating_point:
-                raise Kept(f"the mask adds numbers of input {_name(node)}, which are known only when the graph runs", node)
+                raise Kept(
+                    f"the mask adds numbers of input {_name(node)}, which are known only when the graph runs", node
+                )
             raise Miss(f"the mask depends on the values of input {_name(node)}", node)
         if node.op == "call_function" and node.target is torch.arange:
             return self._arange(node)
@@ -257,7 +259,9 @@ class IndexTrace(Views):
             load = min(loads(element), key=str)
             if found.dtype.is_floating_point and self.is_input(load):
                 name = self.shown(load)
-                raise Kept(f"the mask adds numbers made of input {name}, which are known only when the graph runs", node)
+                raise Kept(
+                    f"the mask adds numbers made of input {name}, which are known only when the graph runs", node
+                )
             raise self.reasons[load.func.__name__]
         return element
 

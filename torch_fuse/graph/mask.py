@@ -84,7 +84,7 @@ def match_mask(node: Node, order: Order, before: Node, shape_env: ShapeEnv | Non
             raise
         meaning = _evaluate(folded)
         if meaning is None:
-            raise type(symbolic)(symbolic.reason, symbolic.node) from None
+            raise _constant_miss(folded, symbolic) from None
         return meaning
 
 
@@ -291,15 +291,29 @@ def _truth(condition: sympy.Basic, sizes: dict[sympy.Symbol, sympy.Expr], shape_
     return False if known_true(sympy.Lt(highest, 0), shape_env) else None
 
 
+def _constant_miss(mask: torch.Tensor, symbolic: Miss) -> Miss:
+    """Why a constant mask is no band; the symbolic reason where its numbers say more."""
+    kept = mask if mask.dtype == torch.bool else mask == 0
+    if isinstance(symbolic, Kept) or not bool((kept | _excluded(mask)[0]).all() & kept.any(-1).all()):
+        return type(symbolic)(symbolic.reason, symbolic.node)
+    share = kept.double().mean().item()
+    return Kept(f"the mask is constant and keeps {share:.0%} of the pairs, which are no band of keys", symbolic.node)
+
+
+def _excluded(mask: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """What a constant mask excludes, and whether by a finite number."""
+    if mask.dtype == torch.bool:
+        return ~mask, False
+    lowest = mask == torch.finfo(mask.dtype).min
+    if mask.dtype == torch.float16:
+        return mask == -torch.inf, False
+    return (mask == -torch.inf) | lowest, bool(lowest.any())
+
+
 def _evaluate(mask: torch.Tensor) -> Mask | None:
     """The meaning of a constant mask, from its values."""
-    finite = False
+    excluded, finite = _excluded(mask)
     if mask.dtype != torch.bool:
-        lowest = mask == torch.finfo(mask.dtype).min
-        excluded = mask == -torch.inf
-        if mask.dtype != torch.float16:
-            finite = bool(lowest.any())
-            excluded |= lowest
         if not bool((excluded | (mask == 0)).all()):
             return None
         mask = ~excluded

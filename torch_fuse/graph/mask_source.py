@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
@@ -41,10 +42,23 @@ def bias_source(mask: Node, order: Order, before: Node) -> Node | None:
     if found is None or not found.dtype.is_floating_point or constant(mask) is not None:
         return None
     if excluded_value(mask) is None and is_moderate(mask, order, before):
-        return mask
+        return None if _of_conditions(mask) else mask
     if call is None or call.inplace:
         return None
     sides = {"add": ("input", "other"), "where": ("input", "other"), "masked_fill": ("input",)}.get(call.op, ())
     sides = ("input",) if call.op in _MOVES else sides
     parts = [call[name] for name in sides if isinstance(call[name], Node)]
     return next((bias for part in parts if (bias := bias_source(part, order, before)) is not None), None)
+
+
+def _of_conditions(node: Node) -> bool:
+    """Whether a value is computed of truth values: the ones of an inverted mask are those that it then fills."""
+    pending, seen = [node], set[Node]()
+    while pending:
+        current = pending.pop()
+        found = tensor(current)
+        if found is not None and found.dtype == torch.bool:
+            return True
+        seen.add(current)
+        pending += [source for source in current.all_input_nodes if source not in seen]
+    return False
