@@ -46,7 +46,7 @@ def _group(
 
 
 def _without_fractions(element: Any, shape: Sequence[Any]) -> Any:
-    """An element with floors of numbers between 0 and 1 as 0, and remainders of numbers below the divisor as they are."""
+    """An element with floors of numbers below 1 as 0, and remainders of numbers below the divisor as they are."""
     largest = {DIM[d]: size_expr(size) - 1 for d, size in enumerate(shape)}
 
     def below(index: sympy.Expr, bound: sympy.Expr) -> bool:
@@ -138,8 +138,9 @@ class Views:
         repeats = repeats if isinstance(repeats, (list, tuple)) else (repeats,)
         assert source is not None
         outer = len(repeats) - source.dim()
-        if any(not (equal(size, 1) or equal(n, 1)) for size, n in zip(source.shape, map(value, repeats[outer:]))):
-            raise Miss("the mask is repeated", node)
+        for size, count in zip(source.shape, map(value, repeats[outer:]), strict=True):
+            if not (equal(size, 1) or equal(count, 1)):
+                raise Miss("the mask is repeated", node)
         return self._operand(call["input"], found)
 
     def _unsqueeze(self, node: Node, call: Call, found: torch.Tensor) -> Any:

@@ -36,7 +36,7 @@ def learned_source(mask: Node) -> str | None:
 
 
 def bias_source(mask: Node, order: Order, before: Node) -> Node | None:
-    """The bias of moderate numbers (ALiBi, say) that an additive mask adds to scores that it keeps; None without one."""
+    """The bias of moderate numbers (ALiBi, say) that an additive mask adds to scores that it keeps, or None."""
     found = tensor(mask)
     call = call_of(mask)
     if found is None or not found.dtype.is_floating_point or constant(mask) is not None:
