@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def spellings() -> Iterator[Example]:
     yield Example("einsum_bqhd", _einsum("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"))
     yield Example("einsum_operands_swapped", _einsum("bkhd,bqhd->bhqk", "bkhd,bhqk->bqhd"))
     yield Example("padding_added_without_gradients", _heads(_padding_added, _padding, grad=False))
+    yield Example("padding_scaled_with_scores", _heads(_padding_scaled, _padding, grad=False))
     yield Example("padding_of_minus_infinity_added", _heads(_padding_added_inf, _padding, grad=False))
     yield Example("padding_filled", _heads(_padding_filled, _padding))
     yield Example("padding_filled_with_minus_infinity", _heads(_padding_filled_inf, _padding))
@@ -52,6 +54,7 @@ def near_misses() -> Iterator[Example]:
     yield Example("mask_of_unknown_values", _heads(_added_input, _rows_of_minus_infinity), fuses=False)
     yield Example("two_masks_added", _heads(_two_masks, _padding, grad=False), fuses=False)
     yield Example("bias_of_a_filled_row", _heads(_bias_after_padding, _padding, _positions(1, H, S, S)), fuses=False)
+    yield Example("scores_times_a_number_for_each_key", _heads(_times_keys, _kept_table), fuses=False)
     yield Example("five_dimensions", _windows, fuses=False)
 
 
@@ -109,6 +112,10 @@ def _padding(dtype: torch.dtype) -> Tensor:
     keep = torch.ones(B, S, dtype=torch.long)
     keep[1, :4] = 0
     return keep
+
+
+def _kept_table(dtype: torch.dtype) -> Tensor:
+    return torch.ones(S, S, dtype=dtype).tril()
 
 
 def _rows_of_minus_infinity(dtype: torch.dtype) -> Tensor:
@@ -179,6 +186,21 @@ def _window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _mask_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = torch.zeros(S, S, device=q.device).masked_fill(_causal(q), torch.finfo(torch.float32).min)
     return (q @ k.mT * SCALE + mask).softmax(-1).to(v.dtype) @ v
+
+
+def _mask_scaled(q: Tensor, k: Tensor, v: Tensor, factor: float = 0.25) -> Tensor:  # CodeGen
+    mask = torch.zeros(S, S, device=q.device).masked_fill(_causal(q), torch.finfo(torch.float32).min)
+    return ((q.float() @ k.float().mT + mask) * factor).softmax(-1).to(v.dtype) @ v
+
+
+def _padding_scaled(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    mask = torch.where(_later_or_absent(q, padding), torch.finfo(torch.float32).min, torch.zeros((), device=q.device))
+    return ((q.float() @ k.float().mT + mask) / 3).softmax(-1).to(v.dtype) @ v
+
+
+def _times_keys(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:  # GPT
+    scores = q @ k.mT * SCALE
+    return (scores * kept + -1e4 * (1 - kept)).softmax(-1) @ v
 
 
 def _chosen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # GPT-2
@@ -259,6 +281,7 @@ _MASKED: dict[str, Attend] = {
     "mask_in_float32": _mask_in_float32,
     "chosen_by_where": _chosen,
     "minus_10000": _old_bert,
+    "mask_scaled_with_scores": _mask_scaled,
 }
 _BIASED: dict[str, Attend] = {
     "bias": _bias,
@@ -298,6 +321,9 @@ _UNLIKE: dict[str, Attend] = {
     "sinks": _sinks,
     "softmax_over_queries": lambda q, k, v: (q @ k.mT).softmax(-2) @ v,
     "squared_scores": lambda q, k, v: (q @ k.mT).square().softmax(-1) @ v,
+    "mask_scaled_up": partial(_mask_scaled, factor=2.0),
+    "mask_scaled_to_nothing": partial(_mask_scaled, factor=1e-36),
+    "mask_negated": lambda q, k, v: _mask_scaled(-q, k, v, -0.5),
     "weights_scaled": lambda q, k, v: ((q @ k.mT).softmax(-1) * 2) @ v,
     "filled_with_a_score": lambda q, k, v: (q @ k.mT).masked_fill(_causal(q), -3.0).softmax(-1) @ v,
     "filled_then_scaled": lambda q, k, v: ((q @ k.mT).masked_fill(_causal(q), -math.inf) * 0.5).softmax(-1) @ v,
