@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_fuse.patterns import _all_heads_examples
 from torch_fuse.rewrite.pattern import Example
 
 B, S, D = 2, 5, 8
@@ -370,6 +371,7 @@ def spellings() -> Iterator[Example]:
     yield _example("query_scaled_after_rotation", after=lambda q, k: (q * 0.7, ()))
     yield _example("query_scaled_by_position", after=_by_position)
     yield _example("query_joined_with_other_tokens", after=_joined)
+    yield from _all_heads_examples.spellings()
 
 
 def near_misses() -> Iterator[Example]:
@@ -391,6 +393,7 @@ def near_misses() -> Iterator[Example]:
         yield _example(rotate.__name__, False, rotate=rotate)
     for norm in (rms_wrong_dim, rms_cubed):
         yield _example(norm.__name__, False, norm=norm)
+    yield from _all_heads_examples.near_misses()
     yield _example("query_mutated_before_rotation", False, between=_scale_in_place)
     yield _example("key_mutated_after_rotation", False, after=_double_in_place)
 

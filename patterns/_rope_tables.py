@@ -30,11 +30,10 @@ def check_table_axes(heads: Heads) -> None:
     """Raises Miss unless both tables are broadcast over heads and have a row for each position."""
     assert heads.rope is not None
     for table, rank in ((heads.rope.cos, heads.rope.cos_rank), (heads.rope.sin, heads.rope.sin_rank)):
-        outer = _outer_shape(table, rank)
+        outer = _outer_shape(table, rank, heads)
         if outer is None:
             raise Miss("the tables of cosines and sines have more dimensions than the heads", table)
-        shape = tensor(heads.result).shape  # type: ignore[union-attr]
-        batch, _, sequence, _ = (shape[axis] for axis in heads.result_axes)
+        batch, _, sequence, _ = heads.sizes()
         of_batch, of_head, of_position = (outer[axis] for axis in heads.axes[:3])
         if not equal(of_head, 1):
             raise Miss("the tables of cosines and sines differ from head to head", table)
@@ -67,12 +66,12 @@ def _every(table: Node, step: int, start: int, count: int, builder: Builder) -> 
     return builder.shared(operator.getitem, table, (..., slice(start, start + step * (count - 1) + 1, step)))
 
 
-def _outer_shape(table: Node, rank: int) -> list[Any] | None:
+def _outer_shape(table: Node, rank: int, heads: Heads) -> list[Any] | None:
     """The table's sizes along the first three dimensions of the heads, without its lanes."""
     found = tensor(table)
     assert found is not None
-    outer = found.dim() - rank
-    return [1] * (3 - outer) + list(found.shape[:outer]) if outer <= 3 else None
+    shape = list(found.shape[: found.dim() - rank]) + [1] * heads.as_one
+    return [1] * (3 - len(shape)) + shape if len(shape) <= 3 else None
 
 
 def _emit_table(table: Node, rank: int, heads: Heads, builder: Builder) -> Node:
@@ -81,13 +80,16 @@ def _emit_table(table: Node, rank: int, heads: Heads, builder: Builder) -> Node:
     assert found is not None
     call, dims = call_of(table), found.dim()
     without_heads = rank == 1 and call is not None and call.op == "unsqueeze" and dims == 4
-    without_heads = without_heads and call["dim"] % 4 == heads.axes[1]  # type: ignore[index]
+    without_heads = without_heads and not heads.as_one and call["dim"] % 4 == heads.axes[1]  # type: ignore[index]
     node = call["input"] if without_heads else table  # type: ignore[index]
     if found.is_complex():
         node = builder.shared("flatten", builder.shared(torch.view_as_real, node), -2)
     if rank > 1:
         node = builder.shared("flatten", node, -rank)
-    if not without_heads:
+    if heads.as_one:
+        for _ in range(2 + rank - dims):
+            node = builder.shared("unsqueeze", node, 0)
+    elif not without_heads:
         for _ in range(3 + rank - dims):
             node = builder.shared("unsqueeze", node, 0)
         node = builder.shared("select", node, heads.axes[1], 0)

@@ -64,6 +64,8 @@ class DecodeAttention(Pattern):
         query = match_heads(attention.query, view.order, view.fake_mode).without_norm()
         known = () if query.rope is None else (query.rope.cos, query.rope.sin)
         key = match_heads(keys.source, view.order, view.fake_mode, known).without_norm()
+        if query.as_one or key.as_one:
+            raise Miss("query and key are rotated before they are cut into heads", anchor)
         if query.rope is None or key.rope is None:
             query, key = _unturned(attention.query, query), _unturned(keys.source, key)
         else:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.fx import Node, map_arg
@@ -161,7 +160,7 @@ def _check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
     )  # fmt: skip
     if not (same and view.order.same_value(q.cos, k.cos) and view.order.same_value(q.sin, k.sin)):
         raise Miss("query and key are rotated differently", query.result)
-    a, b = _sizes(query), _sizes(key)
+    a, b = query.sizes(), key.sizes()
     if not (equal(a[0], b[0]) and equal(a[2], b[2])):
         raise Miss("query and key have other batches or lengths", key.result)
     if static_int(a[1]) is None or static_int(b[1]) is None:
@@ -195,12 +194,6 @@ def _same_norm(query: Heads, key: Heads) -> bool:
     return same and tensor(a.input).dtype == tensor(b.input).dtype  # type: ignore[union-attr]
 
 
-def _sizes(heads: Heads) -> list[Any]:
-    """Batch, heads, sequence, head_dim."""
-    shape = tensor(heads.result).shape  # type: ignore[union-attr]
-    return [shape[axis] for axis in heads.result_axes]
-
-
 def _norm_name(heads: Heads) -> str:
     return "none" if heads.norm is None else f"{heads.norm.kind}_{heads.scope}"
 
@@ -218,7 +211,7 @@ def _like_heads(heads: Heads) -> torch.Tensor:
     """A tensor that stands for what the op is given, to ask whether the kernel takes it."""
     source = tensor(heads.source)
     assert source is not None
-    batch, num_heads, sequence, head_dim = _sizes(heads)
+    batch, num_heads, sequence, head_dim = heads.sizes()
     return source.new_empty(0).as_strided((batch, sequence, num_heads, head_dim), (0, 0, 0, 0))
 
 
@@ -232,6 +225,8 @@ def _emit_heads(heads: Heads, builder: Builder) -> Node:
         node = _emit_view(view, node, builder)
     if tensor(node).dim() > 4:  # type: ignore[union-attr]
         node = builder.call("flatten", node, 3)
+    if heads.as_one:
+        node = builder.call("unsqueeze", node, 2)
     lanes = tensor(node).shape[3]  # type: ignore[union-attr]
     if not equal(lanes, heads.head_dim):
         node = builder.call("narrow", node, 3, heads.offset, heads.head_dim)
@@ -255,6 +250,8 @@ def _emit_weight(heads: Heads, builder: Builder) -> Node | None:
 
 def _emit_result(heads: Heads, node: Node, builder: Builder) -> Node:
     """[B, S, H, head_dim] in the order of the replaced node's dimensions."""
+    if heads.as_one:
+        return builder.call("flatten", node, 2)
     position = {axis: i for i, axis in zip((0, 2, 1, 3), heads.result_axes, strict=True)}
     return _permuted(node, (position[0], position[1], position[2], position[3]), builder)
 

@@ -193,8 +193,8 @@ class IndexTrace(Views):
                 operands.append(self._operand(call[name], found))
             except Miss as miss:
                 misses.append(miss)
-        for miss in sorted(misses, key=lambda miss: not isinstance(miss, Kept)):
-            raise miss
+        if misses:
+            raise next((found for found in misses if isinstance(found, Kept)), misses[0])
         return operands[0], operands[1]
 
     def _of_booleans(self, node: Node, op: str, a: Any, b: Any) -> Any:

@@ -111,7 +111,7 @@ def _match(
     _check_one_piece(terms, node)
     if not bool((_count(terms) > 1).any()):
         return None  # every lane is scaled on its own
-    source = _source(node, trace, tables)
+    source = _source(node, trace, tables, terms)
     lanes = _products(terms, source, node)
     head_dim = len(lanes)
     offset = min(product[1] for lane in lanes for product in lane)
@@ -171,7 +171,12 @@ def _check_one_piece(terms: Sequence[Term], node: Node) -> None:
         )  # fmt: skip
 
 
-def _source(node: Node, trace: LaneTrace, tables: Collection[Node]) -> int:
+def _in_every_product(number: int, terms: Sequence[Term]) -> bool:
+    in_a_factor = [(leaf_and_lane(t.a)[0] == number) | (leaf_and_lane(t.b)[0] == number) for t in terms]
+    return all(bool((found | (t.sign == 0)).all()) for found, t in zip(in_a_factor, terms, strict=True))
+
+
+def _source(node: Node, trace: LaneTrace, tables: Collection[Node], terms: Sequence[Term]) -> int:
     """The number of the leaf that is rotated: the one that has the result's leading dimensions."""
     result = tensor(node)
     assert result is not None
@@ -182,6 +187,8 @@ def _source(node: Node, trace: LaneTrace, tables: Collection[Node]) -> int:
             continue
         if same_shape(found.shape[: result.dim() - 1], result.shape[:-1]):
             candidates.append(number)
+    if len(candidates) > 1:  # cosines and sines go into half of the products each
+        candidates = [number for number in candidates if _in_every_product(number, terms)]
     if len(candidates) != 1:
         raise Miss(f"{len(candidates)} of {len(trace.leaves)} inputs could be what is rotated", node, 1)
     return candidates[0]
