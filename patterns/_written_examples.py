@@ -41,6 +41,7 @@ def spellings() -> Iterator[Example]:
     yield Example("padding_scaled_with_scores", _heads(_padding_scaled, _padding, grad=False))
     yield Example("padding_of_minus_infinity_added", _heads(_padding_added_inf, _padding, grad=False))
     yield Example("padding_filled", _heads(_padding_filled, _padding))
+    yield Example("padding_written_into_scores", _heads(_padding_written, _padding))
     yield Example("padding_filled_with_minus_infinity", _heads(_padding_filled_inf, _padding))
     yield Example("padding_filled_before_a_bias", _heads(_padding_and_bias, _padding, _positions(1, H, S, S)))
     yield Example("padding_chosen_by_where", _heads(_padding_where, _padding))
@@ -154,6 +155,19 @@ def _in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+def _written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores.masked_fill_(_causal(q), -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def _written_to_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.mT)
+    scores.mul_(SCALE)
+    scores.masked_fill_(_causal(q), torch.finfo(q.dtype).min)
+    return scores.softmax(-1) @ v
+
+
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (x[:, :, None].expand(B, 1, H, S, D).reshape(B, H, S, D) for x in (k, v))
     return _plain(q, k, v)
@@ -250,6 +264,13 @@ def _padding_filled(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, low: float
     return scores.masked_fill(padding[:, None, None, :] == 0, low).softmax(-1) @ v
 
 
+def _padding_written(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:  # XLM
+    scores = (q * SCALE) @ torch.cat([torch.tensor([], dtype=q.dtype), k], dim=-2).transpose(2, 3)
+    mask = (padding == 0).view(B, 1, 1, S).expand_as(scores)
+    scores.masked_fill_(mask, torch.finfo(scores.dtype).min)
+    return scores.float().softmax(-1).type_as(scores) @ v
+
+
 def _padding_filled_inf(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
     return _padding_filled(q, k, v, padding, -math.inf)
 
@@ -277,6 +298,8 @@ _PLAIN: dict[str, Attend] = {
 }
 _MASKED: dict[str, Attend] = {
     "in_place": _in_place,
+    "written_to": _written_to,
+    "written_to_twice": _written_to_twice,
     "sliding_window_added": _window,
     "mask_in_float32": _mask_in_float32,
     "chosen_by_where": _chosen,
@@ -302,10 +325,24 @@ def _sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # GPT-OSS
     return scores.softmax(-1)[..., :-1] @ v
 
 
-def _written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _view_written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT
-    scores.masked_fill_(_causal(q), -math.inf)
+    scores[0].masked_fill_(_causal(q), -math.inf)
     return scores.softmax(-1) @ v
+
+
+def _written_to_late(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    out = scores.softmax(-1) @ v
+    scores.masked_fill_(_causal(q), 0.0)
+    return out + scores.sum(-1, keepdim=True)
+
+
+def _read_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    total = scores.sum(-1, keepdim=True)
+    scores.masked_fill_(_causal(q), -math.inf)
+    return scores.softmax(-1) @ v + total
 
 
 def _query_written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -327,7 +364,9 @@ _UNLIKE: dict[str, Attend] = {
     "weights_scaled": lambda q, k, v: ((q @ k.mT).softmax(-1) * 2) @ v,
     "filled_with_a_score": lambda q, k, v: (q @ k.mT).masked_fill(_causal(q), -3.0).softmax(-1) @ v,
     "filled_then_scaled": lambda q, k, v: ((q @ k.mT).masked_fill(_causal(q), -math.inf) * 0.5).softmax(-1) @ v,
-    "scores_written_to": _written_to,
+    "view_of_scores_written_to": _view_written_to,
+    "written_to_after_the_softmax": _written_to_late,
+    "scores_read_before_they_are_written_to": _read_before,
     "query_written_to": _query_written_to,
     "dropout": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.5) @ v,
     "bias_rounded": lambda q, k, v: (q @ k.mT + torch.arange(S, device=q.device) * 0.123).softmax(-1).to(v.dtype) @ v,

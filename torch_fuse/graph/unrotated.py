@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
@@ -29,6 +30,8 @@ def not_understood(node: Node) -> Node | None:
         seen.add(current)
         call = call_of(current)
         if call is None:
+            if current.target in (torch.tensor, torch.scalar_tensor):
+                continue  # a constant
             name = getattr(current.target, "__name__", str(current.target))
             if not (name.startswith(_PROJECTIONS) or _is_ours(current)):
                 return current
