@@ -150,6 +150,7 @@ _STRUCTURED |= {
     "queries_and_causal": lambda q, m: _causal(q, m) & m.bool()[:, None, :, None],
     "queries_and_keys": lambda q, m: m.bool()[:, None, None, :] * m.bool()[:, None, :, None],
     "queries_and_keys_transposed": lambda q, m: _rows(m) & _rows(m).transpose(2, 3),
+    "queries_of_first_batch": lambda q, m: m.bool().T[None, None, :, :1] & _causal(q, m),
     "queries_of_one_kind": lambda q, m: _keys(m) & (m == 1)[:, None, :, None],
     "padding_repeated_for_heads": lambda q, m: m.bool().repeat_interleave(2, dim=0).view(BATCH, 2, 1, LENGTH),
     "padding_inf_repeated_for_heads": lambda q, m: (
@@ -166,7 +167,7 @@ _OTHER: dict[str, Mask] = {
     "queries_two_by_two": lambda q, m: _causal(q, m)[: LENGTH // 2 + 1].repeat_interleave(2, 0)[:LENGTH],
     "per_head": lambda q, m: m.bool()[None, :, None, :],
     "whole_batches": lambda q, m: m.bool()[:, None, None, -1:],
-    "transposed": lambda q, m: m.bool().T[None, None, :, :1] & _causal(q, m),
+    "transposed": lambda q, m: m.bool().T[None, None, :LENGTH, :1].expand(1, 1, LENGTH, LENGTH) | _causal(q, m),
     "keys_or_causal": lambda q, m: _causal(q, m) | _keys(m),
     "keys_or_diagonal": lambda q, m: (_causal(q, m) & _keys(m)) | (_k(m) == _q(q)),
     "same_document": lambda q, m: _causal(q, m) & (m[:, None, :, None] == m[:, None, None, :]),
