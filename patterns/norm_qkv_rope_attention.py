@@ -6,7 +6,8 @@ After:  q, k = qk_norm_rope(linear(x).view(B, S, H, D), ..., cos, sin)      # on
         attention(q.transpose(1, 2), k.transpose(1, 2), v)
 
 For GPT-NeoX, Llama, Qwen3, Phi, GPT-J, Falcon, OLMo2, Cohere, StableLM, Wan and others: any split of the projection,
-partial or full RoPE, half or interleaved pairs, no norm, a norm for each head or one over all heads. Query and key
+partial or full RoPE, half or interleaved pairs, cosines and sines or a matrix for each pair (Kandinsky, PRX), norms of
+each head, over all heads or none, rotated before or after they are cut into heads (LTX-Video). Query and key
 come out in [B, S, H, D] memory order, so attention's result needs no copy before the output projection.
 Wins on CUDA from some tokens on: Inductor's gather-heavy kernel for the same work runs at a third of the bandwidth.
 """
@@ -91,6 +92,8 @@ class NormQkvRopeAttention(Pattern):
         reason = qk_norm_rope.supports(q, k, _norm_name(query), query.rope.rotary_dim)
         if reason is not None:
             return f"the kernel cannot run: {reason}"
+        if query.as_one and not options.unmeasured:
+            return "the rotation of all heads' lanes at once is not measured to win yet"
         tokens = size_hint(q.shape[0], 1) * size_hint(q.shape[1], MIN_TOKENS)
         if tokens < MIN_TOKENS:
             return f"{tokens} tokens: Inductor writes so few along with the cache; it pays from {MIN_TOKENS} on"
