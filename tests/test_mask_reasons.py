@@ -29,6 +29,11 @@ def _alibi() -> Tensor:
     return torch.where(_causal(), 0.0, -torch.inf) + slopes[:, None, None] * _index()
 
 
+def _lowest_but(keep: Tensor) -> Tensor:
+    """A mask whose constants can only be computed: the condition is counted."""
+    return torch.full((S, S), LOWEST).masked_fill(keep[..., None].sum(-1) > 0, 0.0)
+
+
 def _tokens() -> Tensor:
     return (_index() < torch.tensor([[S - 4], [S]])).long()
 
@@ -65,6 +70,11 @@ KEPT: dict[str, tuple[Callable[[], Tensor], Mask, str]] = {
     ),
     "a lowered token": (_tokens, lambda q, m: ((1 - m.to(q.dtype)) * -10000.0)[:, None, None], "made of input m"),
     "no band": (_tokens, lambda q, m: _index() // 3 == _index()[:, None] // 3, "constant and keeps 33% of the pairs"),
+    "no band, and rows without a key": (
+        _tokens,
+        lambda q, m: _lowest_but(_index() // 3 < _index()[:, None] // 3),
+        "which are no band of keys",
+    ),
     "alibi": (_tokens, lambda q, m: _alibi().to(q.dtype), "the mask adds a bias"),
 }
 MISSED: dict[str, tuple[Callable[[], Tensor], Mask, str]] = {
@@ -72,6 +82,11 @@ MISSED: dict[str, tuple[Callable[[], Tensor], Mask, str]] = {
         _tokens,
         lambda q, m: torch.roll(_causal(), 1, 1),
         "computed with roll, which is not understood",
+    ),
+    "a band without keys": (
+        _tokens,
+        lambda q, m: _lowest_but(_index() < _index()[:, None]),
+        "rows without a key would average",
     ),
     "the same token": (_tokens, _same_token, "depends on the values of input m"),
     "adds infinity": (_tokens, lambda q, m: torch.where(_causal(), 0.0, torch.inf), "adds inf"),

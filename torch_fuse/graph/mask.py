@@ -294,8 +294,10 @@ def _truth(condition: sympy.Basic, sizes: dict[sympy.Symbol, sympy.Expr], shape_
 def _constant_miss(mask: torch.Tensor, symbolic: Miss) -> Miss:
     """Why a constant mask is no band; the symbolic reason where its numbers say more."""
     kept = mask if mask.dtype == torch.bool else mask == 0
-    if isinstance(symbolic, Kept) or not bool((kept | _excluded(mask)[0]).all() & kept.any(-1).all()):
+    if isinstance(symbolic, Kept) or not bool((kept | _excluded(mask)[0]).all() & kept.any()):
         return type(symbolic)(symbolic.reason, symbolic.node)
+    if _evaluate(kept) is not None:
+        return Miss("the mask adds a finite number: rows without a key would average all values", symbolic.node)
     share = kept.double().mean().item()
     return Kept(f"the mask is constant and keeps {share:.0%} of the pairs, which are no band of keys", symbolic.node)
 
