@@ -215,3 +215,18 @@ def test_all_heads_at_once_are_rotated_by_the_kernel_only_when_asked_for(
     (site,) = [site for site in result.report.sites if site.pattern == PATTERN]
     assert (site.status, "not measured" in site.reason) == (("fused", False) if unmeasured else ("kept", True))
     assert not result.problems, result.reasons
+
+
+def test_keys_stored_into_an_empty_tensor_are_looked_at_for_a_rotation() -> None:
+    """Multi-head latent attention without positions (Kimi Linear) stores what it projects."""
+
+    def model(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
+        key = q.new_empty(q.shape)
+        key[..., :8] = F.linear(k, weight)
+        key[..., 8:] = k[..., :8]
+        return F.scaled_dot_product_attention(q, key, q)
+
+    q, k = (torch.randn(2, 2, 5, 16) for _ in range(2))
+    result = compare(model, (q, k, torch.randn(8, 16)), draws=1, grad=False)
+    assert "missed" not in {site.status for site in result.report.sites}, result.reasons
+    assert not result.problems

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import Node
 
@@ -39,6 +41,9 @@ def not_understood(node: Node) -> Node | None:
             continue
         elif call.op in ("cat", "stack") and isinstance(call["tensors"], (list, tuple)):
             pending += [part for part in call["tensors"] if isinstance(part, Node)]
+        elif call.op in ("empty", "empty_like", "new_empty"):
+            stores = [user for user in current.users if user.target is operator.setitem and user.args[0] is current]
+            pending += [user.args[2] for user in stores if isinstance(user.args[2], Node)]
         elif call.op == "add" and any(_is_bias(call[name]) for name in ("input", "other")):
             pending += [call[name] for name in ("input", "other") if not _is_bias(call[name])]
         elif call.op in _NO_ROTATION and not call.inplace:
