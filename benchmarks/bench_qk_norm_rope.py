@@ -27,10 +27,18 @@ GEOMETRIES = {
     "wan-1.3b": (1, 32760, 12, 12, 128, 128, "rms_full", "wan"),
     "llama-3-8b": (1, 4096, 32, 8, 128, 128, "none", "llama"),
     "qwen3-8b": (1, 4096, 32, 8, 128, 128, "rms_head", "llama"),
+    "kandinsky-5": (1, 8192, 28, 28, 64, 64, "rms_head", "matrices"),
+    "ltx-video": (1, 4864, 1, 1, 2048, 2048, "rms_head", "ltx"),  # 32 heads, normalised and rotated as one
 }
 
 
-def as_written(q, k, q_weight, k_weight, cos, sin, norm, eps, _offset, rotary, interleaved, _cos, _sin):
+# Where a layout's tables keep the cosines and the sines of a pair; else they are in halves.
+LANES = {
+    "wan": ([2, 0, 0], [2, 1, 1]), "ltx": ([1, 0, 0], [1, 0, 0]), "matrices": ([4, 0, 3], [1, 0, 32]),
+}  # fmt: skip
+
+
+def as_written(q, k, q_weight, k_weight, cos, sin, norm, eps, _offset, rotary, interleaved, lanes, _sin):
     """The models' own lines. q, k [B, S, H, D]; results as attention takes them."""
 
     def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -41,6 +49,24 @@ def as_written(q, k, q_weight, k_weight, cos, sin, norm, eps, _offset, rotary, i
 
     if norm != "none":
         q, k = normed(q, q_weight), normed(k, k_weight)
+    if lanes == LANES["matrices"][0]:  # diffusers/models/transformers/transformer_kandinsky.py
+
+        def matrices(x: torch.Tensor) -> torch.Tensor:
+            pairs = x.reshape(*x.shape[:-1], -1, 1, 2).to(cos.dtype)
+            return (cos.unflatten(-1, (-1, 2, 2)).unsqueeze(2) * pairs).sum(-1).flatten(3).to(x.dtype)
+
+        return matrices(q), matrices(k)
+
+    if lanes == LANES["ltx"][0]:  # diffusers/models/transformers/transformer_ltx.py
+
+        def ltx(x: torch.Tensor) -> torch.Tensor:
+            c, s = (table.repeat_interleave(2, -1).unsqueeze(2) for table in (cos, sin))
+            x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
+            turned = torch.stack([-x2, x1], dim=-1).flatten(3)
+            return (x.to(c.dtype) * c + turned.to(c.dtype) * s).to(x.dtype)
+
+        return ltx(q), ltx(k)
+
     if interleaved:  # diffusers/models/transformers/transformer_wan.py
 
         def wan(x: torch.Tensor) -> torch.Tensor:
@@ -70,14 +96,19 @@ def make(name: str, dry: bool, device: str) -> tuple[list[Any], tuple[Any, ...]]
         q, k, _ = torch.randn(batch, length, hq, 3 * dim, **options).chunk(3, -1)
     else:  # separate projections
         q, k = (torch.randn(batch, length, h * dim, **options).unflatten(-1, (h, dim)) for h in (hq, hk))
-    dtype = torch.float32 if layout == "wan" else torch.bfloat16
+    dtype = torch.float32 if layout in LANES else torch.bfloat16
     angles = torch.randn(1, length, rotary // 2, device=device)
-    angles = angles.repeat_interleave(2, -1) if layout == "wan" else torch.cat((angles, angles), -1)
     sizes = {"none": (None, None), "rms_head": (dim, dim), "rms_full": (hq * dim, hk * dim)}[norm]
     weights = [None if n is None else torch.randn(n, **options) for n in sizes]
     half = [1, 0, rotary // 2]
-    lanes = ([2, 0, 0], [2, 1, 1]) if layout == "wan" else (half, half)
-    args = (norm, 1e-6, 0.0, rotary, layout == "wan", *lanes)
+    args = (norm, 1e-6, 0.0, rotary, layout in LANES, *LANES.get(layout, (half, half)))
+    if layout == "matrices":
+        cos, sin = angles.cos(), angles.sin()
+        return [q, k, *weights, torch.stack([cos, -sin, sin, cos], -1).flatten(2), torch.cat((sin, sin), -1)], args
+    if layout == "wan":
+        angles = angles.repeat_interleave(2, -1)
+    elif layout != "ltx":
+        angles = torch.cat((angles, angles), -1)
     return [q, k, *weights, angles.cos().to(dtype), angles.sin().to(dtype)], args
 
 

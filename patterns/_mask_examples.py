@@ -114,6 +114,10 @@ def _keys(m: Tensor) -> Tensor:
     return m.bool()[:, None, None, :]
 
 
+def _rows(m: Tensor) -> Tensor:
+    return _keys(m).repeat(1, 1, m.shape[1], 1)
+
+
 _LOWEST = torch.finfo(torch.float32).min
 _STRUCTURED: dict[str, Mask] = {
     "padding": lambda q, m: _keys(m),
@@ -141,11 +145,29 @@ _STRUCTURED: dict[str, Mask] = {
     "window_and_padding": lambda q, m: _window(q, m) & _keys(m),
     "empty_rows": lambda q, m: _k(m) < _q(q),
 }
+_STRUCTURED |= {
+    "queries": lambda q, m: m.bool()[:, None, :, None],
+    "queries_and_causal": lambda q, m: _causal(q, m) & m.bool()[:, None, :, None],
+    "queries_and_keys": lambda q, m: m.bool()[:, None, None, :] * m.bool()[:, None, :, None],
+    "queries_and_keys_transposed": lambda q, m: _rows(m) & _rows(m).transpose(2, 3),
+    "queries_of_first_batch": lambda q, m: m.bool().T[None, None, :, :1] & _causal(q, m),
+    "queries_of_one_kind": lambda q, m: _keys(m) & (m == 1)[:, None, :, None],
+    "padding_repeated_for_heads": lambda q, m: m.bool().repeat_interleave(2, dim=0).view(BATCH, 2, 1, LENGTH),
+    "padding_inf_repeated_for_heads": lambda q, m: (
+        _low(m.bool()[:, None]).repeat_interleave(2, 0).view(BATCH, 2, 1, -1)
+    ),
+    "padding_repeated_for_queries": lambda q, m: _rows(m),
+    "padding_flattened_and_split": lambda q, m: m.bool().flatten().view(BATCH, 1, 1, LENGTH),
+}
 _OTHER: dict[str, Mask] = {
-    "queries_instead_of_keys": lambda q, m: _causal(q, m) & m.bool()[:, None, :, None],
+    "queries_or_keys": lambda q, m: _keys(m) | m.bool()[:, None, :, None],
+    "another_batch_for_each_head": lambda q, m: m.bool().repeat(2, 1).view(BATCH, 2, 1, LENGTH),
+    "batches_as_heads": lambda q, m: m.bool().repeat_interleave(2, 0).view(2, BATCH, 1, LENGTH).transpose(0, 1),
+    "every_key_twice": lambda q, m: m.bool()[:, : LENGTH // 2 + 1].repeat_interleave(2, 1)[:, None, None, :LENGTH],
+    "queries_two_by_two": lambda q, m: _causal(q, m)[: LENGTH // 2 + 1].repeat_interleave(2, 0)[:LENGTH],
     "per_head": lambda q, m: m.bool()[None, :, None, :],
     "whole_batches": lambda q, m: m.bool()[:, None, None, -1:],
-    "transposed": lambda q, m: m.bool().T[None, None, :, :1] & _causal(q, m),
+    "transposed": lambda q, m: m.bool().T[None, None, :LENGTH, :1].expand(1, 1, LENGTH, LENGTH) | _causal(q, m),
     "keys_or_causal": lambda q, m: _causal(q, m) | _keys(m),
     "keys_or_diagonal": lambda q, m: (_causal(q, m) & _keys(m)) | (_k(m) == _q(q)),
     "same_document": lambda q, m: _causal(q, m) & (m[:, None, :, None] == m[:, None, None, :]),

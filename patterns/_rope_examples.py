@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch_fuse.patterns import _all_heads_examples
 from torch_fuse.rewrite.pattern import Example
 
 B, S, D = 2, 5, 8
@@ -129,8 +130,47 @@ def filled_by_hand(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def one_wrong_sign(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """A reflection."""
+def pair_matrices(cos: Tensor, sin: Tensor) -> Tensor:
+    """[1, 1, S, D / 2, 2, 2], or with the heads after the positions: numbers that need not be a rotation's."""
+    c, s = cos[..., : D // 2], sin[..., : D // 2]
+    return torch.stack([c, -0.7 * s, s, 1.5 * c], dim=-1).unflatten(-1, (2, 2))[0].unsqueeze(0)
+
+
+def matrices(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Kandinsky 5: a matrix for each pair."""
+    pairs = x.float().reshape(*x.shape[:-1], -1, 1, 2)
+    return (pair_matrices(cos, sin) * pairs).sum(dim=-1).flatten(3).type_as(x)
+
+
+def matrices_by_column(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """PRX, Flux's first version."""
+    table, pairs = pair_matrices(cos, sin), x.reshape(*x.shape[:-1], -1, 1, 2)
+    out = table[..., 0] * pairs[..., 0] + table[..., 1] * pairs[..., 1]
+    return out.reshape(x.shape).to(x.dtype)
+
+
+def matrices_of_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    (a, b), (c, d) = ((row[..., 0], row[..., 1]) for row in pair_matrices(cos, sin).unbind(-2))
+    return torch.cat([a * x1 - b * x2, d * x2 - c * x1], dim=-1).to(x.dtype)
+
+
+def matrices_of_each_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    table = pair_matrices(cos, sin)
+    shape = [2 if size == 2 and axis in (1, 2) else 1 for axis, size in enumerate(x.shape)]
+    table = table * torch.arange(1.0, 3.0).view(*shape, 1, 1).to(x.dtype)
+    return (table * x.reshape(*x.shape[:-1], -1, 1, 2)).sum(-1).flatten(3).to(x.dtype)
+
+
+def matrices_of_neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The second element of the pair before."""
+    pairs = x.reshape(*x.shape[:-1], -1, 1, 2)
+    pairs = torch.stack([pairs[..., 0], pairs[..., 1].roll(1, -2)], -1)
+    return (pair_matrices(cos, sin) * pairs).sum(-1).flatten(3).to(x.dtype)
+
+
+def reflection(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """No rotation, but a matrix for each pair all the same."""
     x1, x2 = x.chunk(2, dim=-1)
     return x * cos + torch.cat((x2, x1), dim=-1) * sin
 
@@ -313,7 +353,8 @@ def spellings() -> Iterator[Example]:
     """Blocks on which the pattern must fire."""
     rotations = (half, half_swapped, half_chunked, half_float, partial, interleaved, interleaved_repeated,
                  strided_stores, paired, complex_numbers, complex_of_parts, other_way_round, added_products,
-                 split_by_size, reshaped_as, repeated_tables, filled_by_hand)  # fmt: skip
+                 split_by_size, reshaped_as, repeated_tables, filled_by_hand, matrices, matrices_by_column,
+                 matrices_of_halves, reflection)  # fmt: skip
     for rotate in rotations:
         yield _example(rotate.__name__, rotate=rotate)
         yield _example(f"{rotate.__name__}_before_transpose", rotate=rotate, rotate_transposed=False)
@@ -330,6 +371,7 @@ def spellings() -> Iterator[Example]:
     yield _example("query_scaled_after_rotation", after=lambda q, k: (q * 0.7, ()))
     yield _example("query_scaled_by_position", after=_by_position)
     yield _example("query_joined_with_other_tokens", after=_joined)
+    yield from _all_heads_examples.spellings()
 
 
 def near_misses() -> Iterator[Example]:
@@ -340,7 +382,8 @@ def near_misses() -> Iterator[Example]:
         no_minus,
         reversed_pass,
         twice_written,
-        one_wrong_sign,
+        matrices_of_each_head,
+        matrices_of_neighbours,
         complex_parts_swapped,
         complex_conjugate_of_data,
         negated_by_two,
@@ -350,6 +393,7 @@ def near_misses() -> Iterator[Example]:
         yield _example(rotate.__name__, False, rotate=rotate)
     for norm in (rms_wrong_dim, rms_cubed):
         yield _example(norm.__name__, False, norm=norm)
+    yield from _all_heads_examples.near_misses()
     yield _example("query_mutated_before_rotation", False, between=_scale_in_place)
     yield _example("key_mutated_after_rotation", False, after=_double_in_place)
 

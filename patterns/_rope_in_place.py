@@ -22,6 +22,7 @@ from torch_fuse.graph.linear import match_linear
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, tensor
 from torch_fuse.kernels import partial_rope
+from torch_fuse.patterns._rope_tables import Tables
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.view import GraphView
 
@@ -130,7 +131,7 @@ def _is_split(node: Node, readers: frozenset[Node]) -> bool:
 
 
 def emit_in_place(
-    projection: Projection, query: Heads, cos: Node, sin: Node, reference: bool, builder: Builder
+    projection: Projection, query: Heads, tables: Tables, reference: bool, builder: Builder
 ) -> dict[Node, Node]:
     """Emits the rotation of a projection and, for each of its parts, the view that takes the part's place."""
     rope = query.rope
@@ -140,8 +141,8 @@ def emit_in_place(
     offsets = [part.offset for part in projection.parts if part.rotated]
     node = _permuted(projection.source, tokens_first, builder)
     op = partial_rope.reference if reference else partial_rope.partial_rope
-    node = builder.call(op, node, cos, sin, offsets, rope.rotary_dim, rope.interleaved, list(rope.cos_lanes),
-                        list(rope.sin_lanes), False)  # fmt: skip
+    node = builder.call(op, node, tables.cos, tables.sin, offsets, rope.rotary_dim, rope.interleaved,
+                        tables.cos_lanes, tables.sin_lanes, False)  # fmt: skip
     lanes = tensor(node).shape[3]  # type: ignore[union-attr]
     tiled = equal(lanes, rope.head_dim * len(projection.parts)) and len(projection.parts) > 1
     split = builder.call("split", node, rope.head_dim, 3) if tiled else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,10 @@ def spellings() -> Iterator[Example]:
     yield Example("einsum_bqhd", _einsum("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"))
     yield Example("einsum_operands_swapped", _einsum("bkhd,bqhd->bhqk", "bkhd,bhqk->bqhd"))
     yield Example("padding_added_without_gradients", _heads(_padding_added, _padding, grad=False))
+    yield Example("padding_scaled_with_scores", _heads(_padding_scaled, _padding, grad=False))
     yield Example("padding_of_minus_infinity_added", _heads(_padding_added_inf, _padding, grad=False))
     yield Example("padding_filled", _heads(_padding_filled, _padding))
+    yield Example("padding_written_into_scores", _heads(_padding_written, _padding))
     yield Example("padding_filled_with_minus_infinity", _heads(_padding_filled_inf, _padding))
     yield Example("padding_filled_before_a_bias", _heads(_padding_and_bias, _padding, _positions(1, H, S, S)))
     yield Example("padding_chosen_by_where", _heads(_padding_where, _padding))
@@ -52,6 +55,7 @@ def near_misses() -> Iterator[Example]:
     yield Example("mask_of_unknown_values", _heads(_added_input, _rows_of_minus_infinity), fuses=False)
     yield Example("two_masks_added", _heads(_two_masks, _padding, grad=False), fuses=False)
     yield Example("bias_of_a_filled_row", _heads(_bias_after_padding, _padding, _positions(1, H, S, S)), fuses=False)
+    yield Example("scores_times_a_number_for_each_key", _heads(_times_keys, _kept_table), fuses=False)
     yield Example("five_dimensions", _windows, fuses=False)
 
 
@@ -111,6 +115,10 @@ def _padding(dtype: torch.dtype) -> Tensor:
     return keep
 
 
+def _kept_table(dtype: torch.dtype) -> Tensor:
+    return torch.ones(S, S, dtype=dtype).tril()
+
+
 def _rows_of_minus_infinity(dtype: torch.dtype) -> Tensor:
     mask = torch.zeros(S, S, dtype=dtype)
     mask[2] = -math.inf
@@ -147,6 +155,19 @@ def _in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ v
 
 
+def _written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores.masked_fill_(_causal(q), -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def _written_to_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.matmul(q, k.mT)
+    scores.mul_(SCALE)
+    scores.masked_fill_(_causal(q), torch.finfo(q.dtype).min)
+    return scores.softmax(-1) @ v
+
+
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k, v = (x[:, :, None].expand(B, 1, H, S, D).reshape(B, H, S, D) for x in (k, v))
     return _plain(q, k, v)
@@ -179,6 +200,21 @@ def _window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _mask_in_float32(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = torch.zeros(S, S, device=q.device).masked_fill(_causal(q), torch.finfo(torch.float32).min)
     return (q @ k.mT * SCALE + mask).softmax(-1).to(v.dtype) @ v
+
+
+def _mask_scaled(q: Tensor, k: Tensor, v: Tensor, factor: float = 0.25) -> Tensor:  # CodeGen
+    mask = torch.zeros(S, S, device=q.device).masked_fill(_causal(q), torch.finfo(torch.float32).min)
+    return ((q.float() @ k.float().mT + mask) * factor).softmax(-1).to(v.dtype) @ v
+
+
+def _padding_scaled(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
+    mask = torch.where(_later_or_absent(q, padding), torch.finfo(torch.float32).min, torch.zeros((), device=q.device))
+    return ((q.float() @ k.float().mT + mask) / 3).softmax(-1).to(v.dtype) @ v
+
+
+def _times_keys(q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:  # GPT
+    scores = q @ k.mT * SCALE
+    return (scores * kept + -1e4 * (1 - kept)).softmax(-1) @ v
 
 
 def _chosen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # GPT-2
@@ -228,6 +264,13 @@ def _padding_filled(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, low: float
     return scores.masked_fill(padding[:, None, None, :] == 0, low).softmax(-1) @ v
 
 
+def _padding_written(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:  # XLM
+    scores = (q * SCALE) @ torch.cat([torch.tensor([], dtype=q.dtype), k], dim=-2).transpose(2, 3)
+    mask = (padding == 0).view(B, 1, 1, S).expand_as(scores)
+    scores.masked_fill_(mask, torch.finfo(scores.dtype).min)
+    return scores.float().softmax(-1).type_as(scores) @ v
+
+
 def _padding_filled_inf(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
     return _padding_filled(q, k, v, padding, -math.inf)
 
@@ -255,10 +298,13 @@ _PLAIN: dict[str, Attend] = {
 }
 _MASKED: dict[str, Attend] = {
     "in_place": _in_place,
+    "written_to": _written_to,
+    "written_to_twice": _written_to_twice,
     "sliding_window_added": _window,
     "mask_in_float32": _mask_in_float32,
     "chosen_by_where": _chosen,
     "minus_10000": _old_bert,
+    "mask_scaled_with_scores": _mask_scaled,
 }
 _BIASED: dict[str, Attend] = {
     "bias": _bias,
@@ -273,10 +319,24 @@ def _returned(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return weights @ v, weights
 
 
-def _written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _view_written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ k.mT
-    scores.masked_fill_(_causal(q), -math.inf)
+    scores[0].masked_fill_(_causal(q), -math.inf)
     return scores.softmax(-1) @ v
+
+
+def _written_to_late(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    out = scores.softmax(-1) @ v
+    scores.masked_fill_(_causal(q), 0.0)
+    return out + scores.sum(-1, keepdim=True)
+
+
+def _read_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    total = scores.sum(-1, keepdim=True)
+    scores.masked_fill_(_causal(q), -math.inf)
+    return scores.softmax(-1) @ v + total
 
 
 def _query_written_to(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -290,10 +350,15 @@ _UNLIKE: dict[str, Attend] = {
     "weights_returned": _returned,
     "softmax_over_queries": lambda q, k, v: (q @ k.mT).softmax(-2) @ v,
     "squared_scores": lambda q, k, v: (q @ k.mT).square().softmax(-1) @ v,
+    "mask_scaled_up": partial(_mask_scaled, factor=2.0),
+    "mask_scaled_to_nothing": partial(_mask_scaled, factor=1e-36),
+    "mask_negated": lambda q, k, v: _mask_scaled(-q, k, v, -0.5),
     "weights_scaled": lambda q, k, v: ((q @ k.mT).softmax(-1) * 2) @ v,
     "filled_with_a_score": lambda q, k, v: (q @ k.mT).masked_fill(_causal(q), -3.0).softmax(-1) @ v,
     "filled_then_scaled": lambda q, k, v: ((q @ k.mT).masked_fill(_causal(q), -math.inf) * 0.5).softmax(-1) @ v,
-    "scores_written_to": _written_to,
+    "view_of_scores_written_to": _view_written_to,
+    "written_to_after_the_softmax": _written_to_late,
+    "scores_read_before_they_are_written_to": _read_before,
     "query_written_to": _query_written_to,
     "dropout": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), 0.5) @ v,
     "bias_rounded": lambda q, k, v: (q @ k.mT + torch.arange(S, device=q.device) * 0.123).softmax(-1).to(v.dtype) @ v,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from torch_fuse.graph.mask import learned_source
+from torch_fuse.graph.mask_source import bias_source, learned_source
 from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.values import equal, tensor
 from torch_fuse.options import Options
@@ -42,11 +42,19 @@ class CausalMask(Pattern):
             raise Miss("the attention has both a mask and is_causal", anchor)
         try:
             mask = view.mask_meaning(attention.mask, anchor)
+        except Kept:
+            raise
         except Miss as miss:
             learned = learned_source(attention.mask)
-            if learned is None:
-                raise
-            raise Kept(f"the mask comes from weights or activations ({learned}), not from positions", anchor) from miss
+            if learned is not None:
+                reason = f"the mask comes from weights or activations ({learned}), not from positions"
+                raise Kept(reason, anchor) from miss
+            bias = bias_source(attention.mask, view.order, anchor)
+            if bias is not None:
+                raise Kept(
+                    f"the mask adds a bias, {bias.name}, which SDPA reads for each query and key", anchor
+                ) from miss
+            raise
         if not (mask.is_causal or mask.keeps_all):
             return None  # padding and windows are masked_attention's
         query, key = tensor(attention.query), tensor(attention.key)

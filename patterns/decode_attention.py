@@ -32,7 +32,8 @@ from torch_fuse.graph.values import equal, same_shape, static_int, storages, ten
 from torch_fuse.kernels import decode_attention
 from torch_fuse.options import Options
 from torch_fuse.patterns._once import once
-from torch_fuse.patterns.norm_qkv_rope_attention import check_same_rope, emit_heads, emit_table
+from torch_fuse.patterns._rope_tables import emit_tables
+from torch_fuse.patterns.norm_qkv_rope_attention import check_same_rope, emit_heads
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -62,6 +63,8 @@ class DecodeAttention(Pattern):
         query = match_heads(attention.query, view.order, view.fake_mode).without_norm()
         known = () if query.rope is None else (query.rope.cos, query.rope.sin)
         key = match_heads(keys.source, view.order, view.fake_mode, known).without_norm()
+        if query.as_one or key.as_one:
+            raise Miss("query and key are rotated before they are cut into heads", anchor)
         if query.rope is None or key.rope is None:
             query, key = _unturned(attention.query, query), _unturned(keys.source, key)
         else:
@@ -97,14 +100,15 @@ class DecodeAttention(Pattern):
         found = match.bindings
         attention, query, key, counter = (found[name] for name in ("attention", "query", "key", "counter"))
         rope = query.rope
+        tables = None if rope is None else emit_tables(query, builder, options)
         dim = tensor(attention.query).shape[3]  # type: ignore[union-attr]
         new = builder.call(
             decode_attention.decode_attention,
             _emit_new(query, builder),
             _emit_new(key, builder),
             _with_lanes(builder.call("transpose", found["values"].source, 1, 2), builder),
-            None if rope is None else once(emit_table(rope.cos, 1, query, builder, options), builder),
-            None if rope is None else once(emit_table(rope.sin, rope.sin_sign, query, builder, options), builder),
+            None if tables is None else once(tables.cos, builder),
+            None if tables is None else once(tables.sin, builder),
             found["keys"].cache,
             found["values"].cache,
             None if counter is None else counter.length,
@@ -112,8 +116,8 @@ class DecodeAttention(Pattern):
             _emit_mask(attention.mask, builder),
             0 if rope is None else rope.rotary_dim,
             False if rope is None else rope.interleaved,
-            [] if rope is None else list(rope.cos_lanes),
-            [] if rope is None else list(rope.sin_lanes),
+            [] if tables is None else tables.cos_lanes,
+            [] if tables is None else tables.sin_lanes,
             dim**-0.5 if attention.scale is None else float(attention.scale),
         )
         return {match.anchor: builder.call("transpose", new, 1, 2)}

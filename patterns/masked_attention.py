@@ -4,6 +4,8 @@ Before: keep = (k <= q) & (k > q - window) & attention_mask[b, k]               
         scaled_dot_product_attention(q, k, v, attn_mask=keep)
 After:  torch_fuse.masked_attention(q, k, v, attention_mask.bool(), range of the kept keys, window - 1, 0, scale)
 
+Masks that exclude padded queries as well (mask[b, q] & mask[b, k]) leave zeros there, in both.
+
 For padded batches of every transformers model (left and right), encoders such as BERT, sliding windows (Mistral,
 Gemma 3, Qwen2, ModernBERT), and prompts shorter than a static cache; inference and training. The keys' booleans
 are computed once for all layers. The proof of what the mask means is `torch_fuse.graph.mask`.
@@ -106,15 +108,20 @@ class MaskedAttention(Pattern):
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
         mask, op, keep, ranges = match.bindings["mask"], masked_attention, None, None
+        values = KeptKeys(mask, match.bindings["nodes"][0], match.bindings["nodes"][1], builder)
         if mask.keys != sympy.true:
-            keep = KeptKeys(mask, match.bindings["nodes"][0], match.bindings["nodes"][1], builder).emit(mask.keys)
+            keep = values.emit(mask.keys)
         target = op.reference if options.kernels == "reference" else op.masked_attention
         if keep is not None and options.kernels != "reference":
             ranges = builder.shared(op.key_range, keep)
         scale = match.bindings["scale"]
         scale = scale if isinstance(scale, Node) else float(scale)
         both = builder.call(target, *match.bindings["nodes"], keep, ranges, mask.left, mask.right, scale)
-        return {match.anchor: builder.call(operator.getitem, both, 0)}
+        out = builder.call(operator.getitem, both, 0)
+        if mask.queries != sympy.true:
+            kept = builder.shared(operator.getitem, values.emit(mask.queries), (slice(None), None, slice(None), None))
+            out = builder.call(torch.where, kept, out, 0.0)
+        return {match.anchor: out}
 
     def spellings(self) -> Iterator[Example]:
         from torch_fuse.patterns import _mask_examples
@@ -145,13 +152,14 @@ def _check_shapes(query: Node, key: Node, val: Node, mask: Node, anchor: Node) -
 
 
 def check_sources(mask: Mask) -> None:
-    """Raises Miss unless the keys' condition loads values by batch and key, or by key, and compares them to numbers."""
-    by_batch, by_key = _axes(mask)
-    for load in loads(mask.keys):
-        source = mask.sources[load.func.__name__]
-        if [index for index in load.args if not index.is_Integer] not in ([by_batch, by_key], [by_key]):
-            raise Miss(f"the mask reads {source.name} by other indices than batch and key", source)
-    for relation in mask.keys.atoms(sympy.core.relational.Relational):
+    """Raises Miss unless values are loaded by batch and key (or query), or without batch, and compared to numbers."""
+    by_batch, by_query, by_key = _axes(mask)
+    for condition, position, name in ((mask.keys, by_key, "key"), (mask.queries, by_query, "query")):
+        for load in loads(condition):
+            source = mask.sources[load.func.__name__]
+            if [index for index in load.args if not index.is_Integer] not in ([by_batch, position], [position]):
+                raise Miss(f"the mask reads {source.name} by other indices than batch and {name}", source)
+    for relation in sympy.And(mask.keys, mask.queries).atoms(sympy.core.relational.Relational):
         numbers = [side for side in relation.args if side.is_number]
         types = [tensor(mask.sources[load.func.__name__]).dtype for load in loads(relation)]  # type: ignore[union-attr]
         if not (numbers and all(_holds(dtype, number) for dtype in types for number in numbers)):
@@ -165,13 +173,14 @@ def _holds(dtype: torch.dtype, number: sympy.Expr) -> bool:
     return bool(abs(number) < 2**24 and torch.iinfo(dtype).min <= number <= torch.iinfo(dtype).max)
 
 
-def _axes(mask: Mask) -> tuple[sympy.Symbol, sympy.Symbol]:
-    return DIM[mask.rank - 4] if mask.rank == 4 else sympy.Dummy(), DIM[mask.rank - 1]
+def _axes(mask: Mask) -> tuple[sympy.Symbol, sympy.Symbol, sympy.Symbol]:
+    """The indices of batch, query and key."""
+    return DIM[0] if mask.rank == 4 else sympy.Dummy(), DIM[mask.rank - 2], DIM[mask.rank - 1]
 
 
 @dataclass(frozen=True)
 class KeptKeys:
-    """Emits which keys are kept, [B, S_k] or [1, S_k]; layers that share a mask share this."""
+    """Emits which keys (or queries) are kept, [B, S] or [1, S]; layers that share a mask share this."""
 
     mask: Mask
     query: Node
@@ -214,8 +223,9 @@ class KeptKeys:
         return values if found.device == device else self.builder.shared("to", values, device)
 
     def _all_or_first(self, size: Any, axis: sympy.Symbol) -> slice:
-        """The part of an axis that the mask reads: as many as there are batches or keys."""
-        node, dim = (self.key, 2) if axis == _axes(self.mask)[1] else (self.query, 0)
+        """The part of an axis that the mask reads: as many as there are batches, queries or keys."""
+        _, by_query, by_key = _axes(self.mask)
+        node, dim = {by_key: (self.key, 2), by_query: (self.query, 2)}.get(axis, (self.query, 0))
         wanted = tensor(node).shape[dim]  # type: ignore[union-attr]
         if equal(size, wanted):
             return slice(None)
@@ -232,6 +242,6 @@ def describe(mask: Mask) -> str:
     elif mask.left is not None or mask.right is not None:
         ends = ("any" if end is None else end for end in (mask.left, mask.right))
         parts.append("a window of {} keys before and {} after".format(*ends))
-    if mask.keys != sympy.true:
+    if mask.sources:
         parts.append("padding from " + ", ".join(name.removeprefix("l_").strip("_") for name in mask.sources))
     return "the mask is " + " and ".join(parts)

@@ -6,7 +6,8 @@ After:  q, k = qk_norm_rope(linear(x).view(B, S, H, D), ..., cos, sin)      # on
         attention(q.transpose(1, 2), k.transpose(1, 2), v)
 
 For GPT-NeoX, Llama, Qwen3, Phi, GPT-J, Falcon, OLMo2, Cohere, StableLM, Wan and others: any split of the projection,
-partial or full RoPE, half or interleaved pairs, no norm, a norm for each head or one over all heads. Query and key
+partial or full RoPE, half or interleaved pairs, cosines and sines or a matrix for each pair (Kandinsky, PRX), norms of
+each head, over all heads or none, rotated before or after they are cut into heads (LTX-Video). Query and key
 come out in [B, S, H, D] memory order, so attention's result needs no copy before the output projection.
 Wins on CUDA from some tokens on: Inductor's gather-heavy kernel for the same work runs at a third of the bandwidth.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.fx import Node, map_arg
@@ -29,8 +29,8 @@ from torch_fuse.graph.unrotated import not_understood
 from torch_fuse.graph.values import equal, size_hint, static_int, tensor
 from torch_fuse.kernels import qk_norm_rope
 from torch_fuse.options import Options
-from torch_fuse.patterns._once import once
 from torch_fuse.patterns._rope_in_place import emit_in_place, match_in_place
+from torch_fuse.patterns._rope_tables import check_table_axes, emit_tables
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -92,6 +92,10 @@ class NormQkvRopeAttention(Pattern):
         reason = qk_norm_rope.supports(q, k, _norm_name(query), query.rope.rotary_dim)
         if reason is not None:
             return f"the kernel cannot run: {reason}"
+        if query.as_one and not options.unmeasured:
+            return "the rotation of all heads' lanes at once is not measured to win yet"
+        if query.rope.matrices and not options.unmeasured:
+            return "the rotation by a matrix for each pair is not measured to win yet"
         tokens = size_hint(q.shape[0], 1) * size_hint(q.shape[1], MIN_TOKENS)
         if tokens < MIN_TOKENS:
             return f"{tokens} tokens: Inductor writes so few along with the cache; it pays from {MIN_TOKENS} on"
@@ -101,28 +105,28 @@ class NormQkvRopeAttention(Pattern):
         query, key = match.bindings["query"], match.bindings["key"]
         rope = query.rope
         if match.bindings["in_place"]:
-            cos = emit_table(rope.cos, 1, query, builder, options)
-            sin = emit_table(rope.sin, rope.sin_sign, query, builder, options)
+            tables = emit_tables(query, builder, options)
             reference = options.kernels == "reference"
-            emitted = [emit_in_place(p, query, cos, sin, reference, builder) for p in match.bindings["in_place"]]
+            emitted = [emit_in_place(p, query, tables, reference, builder) for p in match.bindings["in_place"]]
             return {old: new for made in emitted for old, new in made.items()}
         op = qk_norm_rope.reference if options.kernels == "reference" else qk_norm_rope.qk_norm_rope
         norm = query.norm
+        tables = emit_tables(query, builder, options)
         both = builder.call(
             op,
             emit_heads(query, builder),
             emit_heads(key, builder),
             _emit_weight(query, builder),
             _emit_weight(key, builder),
-            emit_table(rope.cos, 1, query, builder, options),
-            emit_table(rope.sin, rope.sin_sign, query, builder, options),
+            tables.cos,
+            tables.sin,
             _norm_name(query),
             0.0 if norm is None else norm.eps,
             0.0 if norm is None else norm.weight_offset,
             rope.rotary_dim,
             rope.interleaved,
-            list(rope.cos_lanes),
-            list(rope.sin_lanes),
+            tables.cos_lanes,
+            tables.sin_lanes,
             tensor(query.result).dtype,  # type: ignore[union-attr]
         )
         return {
@@ -156,12 +160,12 @@ def check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
         raise Kept(
             f"only the {'key' if q is None else 'query'} is rotated; the kernel rotates both at once", query.result
         )
-    same = (q.head_dim, q.rotary_dim, q.interleaved, q.cos_lanes, q.sin_lanes, q.sin_sign) == (
-        k.head_dim, k.rotary_dim, k.interleaved, k.cos_lanes, k.sin_lanes, k.sin_sign,
+    same = (q.head_dim, q.rotary_dim, q.interleaved, q.cos_lanes, q.sin_lanes, q.sin_sign, q.matrices) == (
+        k.head_dim, k.rotary_dim, k.interleaved, k.cos_lanes, k.sin_lanes, k.sin_sign, k.matrices,
     )  # fmt: skip
     if not (same and view.order.same_value(q.cos, k.cos) and view.order.same_value(q.sin, k.sin)):
         raise Miss("query and key are rotated differently", query.result)
-    a, b = _sizes(query), _sizes(key)
+    a, b = query.sizes(), key.sizes()
     if not (equal(a[0], b[0]) and equal(a[2], b[2])):
         raise Miss("query and key have other batches or lengths", key.result)
     if static_int(a[1]) is None or static_int(b[1]) is None:
@@ -172,8 +176,7 @@ def check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
         raise Miss("query and key are projected to different dtypes", key.result)
     if tensor(query.source).dtype != torch.float64 and (_in_float64(query) or _in_float64(key)):  # type: ignore[union-attr]
         raise Kept("it is computed in float64 from lower precision, which no kernel does", query.result)
-    _check_table_axes(q.cos, query)
-    _check_table_axes(q.sin, query)
+    check_table_axes(query)
 
 
 def _in_float64(heads: Heads) -> bool:
@@ -196,12 +199,6 @@ def _same_norm(query: Heads, key: Heads) -> bool:
     return same and tensor(a.input).dtype == tensor(b.input).dtype  # type: ignore[union-attr]
 
 
-def _sizes(heads: Heads) -> list[Any]:
-    """Batch, heads, sequence, head_dim."""
-    shape = tensor(heads.result).shape  # type: ignore[union-attr]
-    return [shape[axis] for axis in heads.result_axes]
-
-
 def _norm_name(heads: Heads) -> str:
     return "none" if heads.norm is None else f"{heads.norm.kind}_{heads.scope}"
 
@@ -219,24 +216,8 @@ def _like_heads(heads: Heads) -> torch.Tensor:
     """A tensor that stands for what the op is given, to ask whether the kernel takes it."""
     source = tensor(heads.source)
     assert source is not None
-    batch, num_heads, sequence, head_dim = _sizes(heads)
+    batch, num_heads, sequence, head_dim = heads.sizes()
     return source.new_empty(0).as_strided((batch, sequence, num_heads, head_dim), (0, 0, 0, 0))
-
-
-def _check_table_axes(table: Node, heads: Heads) -> None:
-    """A table has to be broadcast over heads and to have a row for each position."""
-    shape = _table_shape(table, heads)
-    batch, _, sequence, _ = _sizes(heads)
-    sizes = [shape[axis] for axis in heads.axes]
-    if not equal(sizes[1], 1):
-        raise Miss("the tables of cosines and sines differ from head to head", table)
-    if not equal(sizes[2], sequence) or not (equal(sizes[0], 1) or equal(sizes[0], batch)):
-        raise Miss("the tables of cosines and sines have no row for each position", table)
-
-
-def _table_shape(table: Node, heads: Heads) -> list[Any]:
-    shape = list(tensor(table).shape)  # type: ignore[union-attr]
-    return [1] * (4 - len(shape)) + shape
 
 
 # -- emitting ------------------------------------------------------------------------------------------------------
@@ -249,6 +230,8 @@ def emit_heads(heads: Heads, builder: Builder) -> Node:
         node = _emit_view(view, node, builder)
     if tensor(node).dim() > 4:  # type: ignore[union-attr]
         node = builder.call("flatten", node, 3)
+    if heads.as_one:
+        node = builder.call("unsqueeze", node, 2)
     lanes = tensor(node).shape[3]  # type: ignore[union-attr]
     if not equal(lanes, heads.head_dim):
         node = builder.call("narrow", node, 3, heads.offset, heads.head_dim)
@@ -270,28 +253,10 @@ def _emit_weight(heads: Heads, builder: Builder) -> Node | None:
     return builder.call("contiguous", weight)
 
 
-def emit_table(table: Node, sign: int, heads: Heads, builder: Builder, options: Options) -> Node:
-    """sign * table as [B or 1, S, lanes]; a complex one with real and imaginary parts next to each other.
-
-    On a GPU it is computed once for all layers, where Inductor would compute it anew every few layers.
-    """
-    found = tensor(table)
-    assert found is not None
-    call, dims = call_of(table), found.dim()
-    without_heads = call is not None and call.op == "unsqueeze" and dims == 4 and call["dim"] % 4 == heads.axes[1]
-    node = call["input"] if call is not None and without_heads else table
-    if found.is_complex():
-        node = builder.shared("flatten", builder.shared(torch.view_as_real, node), -2)
-    if not without_heads:
-        for _ in range(4 - dims):
-            node = builder.shared("unsqueeze", node, 0)
-        node = builder.shared("select", node, heads.axes[1], 0)
-    node = node if sign == 1 else builder.shared("neg", node)
-    return node if options.kernels == "reference" or found.device.type == "cpu" else once(node, builder)
-
-
 def _emit_result(heads: Heads, node: Node, builder: Builder) -> Node:
     """[B, S, H, head_dim] in the order of the replaced node's dimensions."""
+    if heads.as_one:
+        return builder.call("flatten", node, 2)
     position = {axis: i for i, axis in zip((0, 2, 1, 3), heads.result_axes, strict=True)}
     return _permuted(node, (position[0], position[1], position[2], position[3]), builder)
 

@@ -146,6 +146,9 @@ def refusal_of(written: WrittenOut) -> str:
         return written.refusal
     if not (isinstance(written.dropout_p, (int, float)) and written.dropout_p == 0):
         return "attention weights are dropped at random; SDPA would draw other random numbers"
+    for found in (tensor(factor.number) for factor in written.factors):
+        if found is not None and found.dim() > 0 and not equal(found.shape[-1], 1):
+            return "the scores are multiplied by a number for each key, which SDPA does not do"
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -195,3 +196,37 @@ def test_two_attentions_of_one_query_and_key_share_the_rotation() -> None:
     result = compare(Twice(lambda *_: _[:2]), (torch.randn(B, S, H * D, requires_grad=True),))
     assert result.fused(PATTERN) == 1 and not result.problems
     assert "missed" not in {site.status for site in result.report.sites}, result.reasons
+
+
+@pytest.mark.parametrize("unmeasured", [False, True])
+def test_all_heads_at_once_are_rotated_by_the_kernel_only_when_asked_for(
+    unmeasured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is right, but not measured to win."""
+    from torch_fuse import Options
+    from torch_fuse.kernels import qk_norm_rope
+    from torch_fuse.patterns import _all_heads_examples, norm_qkv_rope_attention
+
+    willing = SimpleNamespace(supports=lambda *arguments: None, qk_norm_rope=qk_norm_rope.qk_norm_rope)
+    monkeypatch.setattr(norm_qkv_rope_attention, "qk_norm_rope", willing)
+    monkeypatch.setattr(norm_qkv_rope_attention, "MIN_TOKENS", 1)
+    model, inputs = next(_all_heads_examples.spellings()).make(torch.float32)
+    result = compare(model, inputs, options=Options(unmeasured=unmeasured, on_error="raise"), draws=1, grad=False)
+    (site,) = [site for site in result.report.sites if site.pattern == PATTERN]
+    assert (site.status, "not measured" in site.reason) == (("fused", False) if unmeasured else ("kept", True))
+    assert not result.problems, result.reasons
+
+
+def test_keys_stored_into_an_empty_tensor_are_looked_at_for_a_rotation() -> None:
+    """Multi-head latent attention without positions (Kimi Linear) stores what it projects."""
+
+    def model(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
+        key = q.new_empty(q.shape)
+        key[..., :8] = F.linear(k, weight)
+        key[..., 8:] = k[..., :8]
+        return F.scaled_dot_product_attention(q, key, q)
+
+    q, k = (torch.randn(2, 2, 5, 16) for _ in range(2))
+    result = compare(model, (q, k, torch.randn(8, 16)), draws=1, grad=False)
+    assert "missed" not in {site.status for site in result.report.sites}, result.reasons
+    assert not result.problems

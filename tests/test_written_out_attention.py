@@ -47,7 +47,7 @@ REASONS = {
     "squared_scores": "the scores go through square",
     "filled_with_a_score": "replaced by -3.0, which does not take a key out",
     "filled_then_scaled": "the scores are scaled after masking",
-    "scores_written_to": "writes in place to a value of the region",
+    "view_of_scores_written_to": "writes in place to a value of the region",
     "query_written_to": "writes in place to a value of the region",
     "dropout": "dropped at random",
     "padding_added_with_gradients": "may exclude every key: SDPA's gradients are others",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.fx import Node, map_arg
@@ -40,6 +40,8 @@ class Heads:
         scope: what the norm runs over: each head, or all heads of a token.
         nodes: all nodes from the source to the result.
         aside: why a norm before it is left outside, or "".
+        as_one: `source` and `result` are [batch, sequence, num_heads * head_dim], normalised and rotated with lanes of
+            all heads side by side: then there is one head with all of them, and the axes are those after unsqueeze(2).
     """
 
     result: Node
@@ -54,6 +56,12 @@ class Heads:
     scope: Scope
     nodes: frozenset[Node]
     aside: str = ""
+    as_one: bool = False
+
+    def sizes(self) -> list[Any]:
+        """Batch, heads, sequence, lanes of a head."""
+        shape = list(tensor(self.result).shape)  # type: ignore[union-attr]
+        return [shape[0], 1, *shape[1:]] if self.as_one else [shape[axis] for axis in self.result_axes]
 
     def without_norm(self) -> Heads:
         """The same heads, with the norm left outside."""
@@ -83,6 +91,8 @@ def match_heads(node: Node, order: Order, mode: FakeTensorMode | None, tables: C
     top = chain[-1][0]
     found = tensor(top)
     assert found is not None
+    if rope is None and (merged := _all_heads_as_one(top, axes, order, tables)) is not None:
+        return _with_norm(merged, mode) or merged
     source, offset, inside = top, 0, set[Node]()
     if rope is not None:
         source, offset, inside = rope.source, rope.offset, set(rope.nodes)
@@ -99,6 +109,27 @@ def match_heads(node: Node, order: Order, mode: FakeTensorMode | None, tables: C
         frozenset(inside if rope is not None else ()),
     )  # fmt: skip
     return _with_norm(heads, mode) or heads
+
+
+def _all_heads_as_one(node: Node, axes: Axes, order: Order, tables: Collection[Node]) -> Heads | None:
+    """The heads that `node` [B, S, H, D] cuts the lanes of a rotated [B, S, H * D] into (LTX-Video), or None."""
+    call, found = call_of(node), tensor(node)
+    source = None if call is None else tensor(call.args.get("input"))
+    if call is None or call.op not in ("view", "reshape", "unflatten") or source is None or source.dim() != 3:
+        return None
+    width = static_int(source.shape[2])
+    if axes != (0, 2, 1, 3) or width is None or not same_shape(source.shape[:2], found.shape[:2]):  # type: ignore[union-attr]
+        return None
+    try:
+        rope = match_rope(call["input"], order, _ends_trace, tables)
+    except Miss:
+        return None
+    if rope is None:
+        return None
+    return Heads(
+        rope.node, axes, rope.source, (), axes, rope.offset, width, rope, None, "head", rope.nodes | {rope.node},
+        as_one=True,
+    )  # fmt: skip
 
 
 def _ends_trace(node: Node) -> bool:
@@ -251,6 +282,8 @@ def _scope(norm: Norm, views: list[Node], heads: Heads, mode: FakeTensorMode | N
         laid_out = torch.empty(normalised.shape, dtype=normalised.dtype, device="meta")
         for node in views:
             laid_out = _replay_meta(node, laid_out)
+        if heads.as_one and not views:
+            laid_out = laid_out.unsqueeze(2)
     if laid_out.dim() != 4:
         return None
     num_heads = static_int(laid_out.shape[heads.axes[1]])

@@ -15,7 +15,7 @@ from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
 from torch_fuse.graph.calls import Call, call_of
-from torch_fuse.graph.index_views import DIM, Views, constant, is_bool
+from torch_fuse.graph.index_views import DIM, Views, constant, is_bool, size_expr
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, tensor, value
 
@@ -43,11 +43,6 @@ def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
         return False
     outer, inner = torch.iinfo(wide), torch.iinfo(narrow)
     return outer.min <= inner.min and inner.max <= outer.max
-
-
-def size_expr(size: Any) -> sympy.Expr:
-    """A size as a sympy expression."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _is_exact(element: Any, found: torch.Tensor) -> bool:
@@ -79,6 +74,10 @@ def _cases(element: Any) -> list[tuple[Any, Any]]:
         cases.append((number, sympy.And(condition, sympy.Not(taken))))
         taken = sympy.Or(taken, condition)
     return sorted(cases, key=lambda case: case[0] != 0)
+
+
+def _name(node: Node) -> str:
+    return node.name.removeprefix("l_").removeprefix("kwargs_").strip("_")
 
 
 def loads(expr: Any) -> set[AppliedUndef]:
@@ -129,10 +128,21 @@ class IndexTrace(Views):
         element = sympy.Function(node.name, integer=True)(*DIM[: found.dim()])
         return sympy.Ne(element, 0) if found.dtype == torch.bool else element
 
+    def is_input(self, load: AppliedUndef) -> bool:
+        """Whether a value is loaded from an input of the graph, and not from what could not be looked through."""
+        return self.sources[load.func.__name__].op in ("placeholder", "get_attr")
+
+    def shown(self, load: AppliedUndef) -> str:
+        """The name of an input, for reasons."""
+        return _name(self.sources[load.func.__name__])
+
     def _element(self, node: Node, found: torch.Tensor) -> Any:
         if node.op in ("placeholder", "get_attr"):
-            name = node.name.removeprefix("l_").removeprefix("kwargs_").strip("_")
-            raise Miss(f"the mask depends on the values of input {name}", node)
+            if found.dtype.is_floating_point:
+                raise Miss(
+                    f"the mask adds numbers of input {_name(node)}, which are known only when the graph runs", node
+                )
+            raise Miss(f"the mask depends on the values of input {_name(node)}", node)
         if node.op == "call_function" and node.target is torch.arange:
             return self._arange(node)
         call = call_of(node)
@@ -152,7 +162,7 @@ class IndexTrace(Views):
     # -- operands --------------------------------------------------------------------------------------------
 
     def _binary(self, node: Node, call: Call, found: torch.Tensor) -> Any:
-        a, b = self._operand(call["input"], found), self._operand(call["other"], found)
+        a, b = self._both(call, found)
         if call.args.get("alpha", 1) != 1:
             raise Miss("the mask is computed with alpha != 1", node)
         if call.op in _LOGIC:
@@ -174,6 +184,18 @@ class IndexTrace(Views):
             difference = sympy.expand(a - b)
             return _RELATIONS[call.op](difference, 0) if difference.is_number else _RELATIONS[call.op](a, b)
         return sympy.expand(_ARITHMETIC[call.op](a, b))
+
+    def _both(self, call: Call, found: torch.Tensor) -> tuple[Any, Any]:
+        """Both operands; that one is a bias says more than that the other is not understood."""
+        operands, misses = [], []
+        for name in ("input", "other"):
+            try:
+                operands.append(self._operand(call[name], found))
+            except Miss as miss:
+                misses.append(miss)
+        if misses:
+            raise misses[0]
+        return operands[0], operands[1]
 
     def _of_booleans(self, node: Node, op: str, a: Any, b: Any) -> Any:
         if is_bool(a) and is_bool(b) and op in ("eq", "ne", "mul"):
@@ -234,7 +256,13 @@ class IndexTrace(Views):
         if source.dtype.is_floating_point and not found.dtype.is_floating_point:
             raise Miss("the mask rounds to integers", node)
         if loads(element) and not isinstance(element, sympy.Piecewise) and not _holds(found.dtype, source.dtype):
-            raise self.reasons[next(iter(loads(element))).func.__name__]
+            load = min(loads(element), key=str)
+            if found.dtype.is_floating_point and self.is_input(load):
+                name = self.shown(load)
+                raise Miss(
+                    f"the mask adds numbers made of input {name}, which are known only when the graph runs", node
+                )
+            raise self.reasons[load.func.__name__]
         return element
 
     _contiguous = _clone = _cast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -10,9 +11,52 @@ from torch.fx import Node
 
 from torch_fuse.graph.calls import Call
 from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.values import equal, tensor, value
+from torch_fuse.graph.values import equal, less, tensor, value
 
 DIM = [sympy.Symbol(f"d{i}", integer=True, nonnegative=True) for i in range(8)]
+
+
+def size_expr(size: Any) -> sympy.Expr:
+    """A size as a sympy expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def _numel(shape: Sequence[Any], dims: list[int]) -> sympy.Expr:
+    return sympy.prod([size_expr(shape[d]) for d in dims])
+
+
+def _group(
+    old_shape: Sequence[Any], old: list[int], new_shape: Sequence[Any], new: list[int]
+) -> tuple[list[int], list[int]]:
+    """The first dimensions of both shapes that have as many elements; none when that is not known."""
+    if not old or not new:
+        return [], []
+    merged, split = [old[0]], [new[0]]
+    before, after = old_shape[old[0]], new_shape[new[0]]
+    while not equal(before, after):
+        if less(before, after) and len(merged) < len(old):
+            merged.append(old[len(merged)])
+            before = before * old_shape[merged[-1]]
+        elif less(after, before) and len(split) < len(new):
+            split.append(new[len(split)])
+            after = after * new_shape[split[-1]]
+        else:
+            return [], []
+    return merged, split
+
+
+def _without_fractions(element: Any, shape: Sequence[Any]) -> Any:
+    """An element with floors of numbers below 1 as 0, and remainders of numbers below the divisor as they are."""
+    largest = {DIM[d]: size_expr(size) - 1 for d, size in enumerate(shape)}
+
+    def below(index: sympy.Expr, bound: sympy.Expr) -> bool:
+        terms = index.as_coefficients_dict()
+        grows = all(factor >= 0 and (term == 1 or term in largest) for term, factor in terms.items())
+        return bool(grows and (bound - index.subs(largest)).is_positive)
+
+    fractions = {x: sympy.Integer(0) for x in element.atoms(sympy.floor) if below(x.args[0], sympy.Integer(1))}
+    element = element.xreplace(fractions)
+    return element.xreplace({x: x.args[0] for x in element.atoms(sympy.Mod) if below(x.args[0], x.args[1])})
 
 
 def is_bool(expr: Any) -> bool:
@@ -79,23 +123,49 @@ class Views:
 
     _expand_as = _expand
 
+    def _repeat_interleave(self, node: Node, call: Call, found: torch.Tensor) -> Any:
+        if not isinstance(call["repeats"], int) or not isinstance(call["dim"], int):
+            raise Miss("the mask is repeated by a tensor or in one dimension", node)
+        index = DIM[call["dim"] % found.dim()]
+        element = self.trace(call["input"])
+        source = tensor(call["input"])
+        one = source is not None and equal(source.shape[call["dim"]], 1)
+        return element.subs(index, sympy.Integer(0) if one else sympy.floor(index / call["repeats"]))
+
+    def _repeat(self, node: Node, call: Call, found: torch.Tensor) -> Any:
+        """Repetition of dimensions of size 1; that of others starts again, which no band of keys does."""
+        source, repeats = tensor(call["input"]), call["repeats"]
+        repeats = repeats if isinstance(repeats, (list, tuple)) else (repeats,)
+        assert source is not None
+        outer = len(repeats) - source.dim()
+        for size, count in zip(source.shape, map(value, repeats[outer:]), strict=True):
+            if not (equal(size, 1) or equal(count, 1)):
+                raise Miss("the mask is repeated", node)
+        return self._operand(call["input"], found)
+
     def _unsqueeze(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         at = call["dim"] % found.dim()
         by_index = {DIM[d]: DIM[d + 1] for d in range(at, found.dim() - 1)}
         return self.trace(call["input"]).subs(by_index, simultaneous=True)
 
     def _reshaped(self, node: Node, call: Call, found: torch.Tensor) -> Any:
-        """A reshape that only adds or removes dimensions of size 1."""
+        """A reshape: dimensions are kept, split and merged, and those of size 1 come and go."""
         source = tensor(call["input"])
         assert source is not None
         old = [d for d, size in enumerate(source.shape) if not equal(size, 1)]
         new = [d for d, size in enumerate(found.shape) if not equal(size, 1)]
-        kept = zip(old, new, strict=False)
-        if len(old) != len(new) or not all(equal(source.shape[a], found.shape[b]) for a, b in kept):
-            raise Miss("the mask is reshaped", node)
         by_index = {DIM[d]: sympy.Integer(0) for d in range(source.dim())}
-        by_index.update({DIM[a]: DIM[b] for a, b in zip(old, new, strict=True)})
-        return self.trace(call["input"]).subs(by_index, simultaneous=True)
+        while old or new:
+            merged, split = _group(source.shape, old, found.shape, new)
+            if not merged:
+                raise Miss("the mask is reshaped", node)
+            flat = sum((DIM[d] * _numel(found.shape, split[n + 1 :]) for n, d in enumerate(split)), sympy.Integer(0))
+            for n, d in enumerate(merged):
+                position = sympy.floor(flat / _numel(source.shape, merged[n + 1 :])) if merged[n + 1 :] else flat
+                by_index[DIM[d]] = sympy.Mod(position, size_expr(source.shape[d])) if n else position
+            old, new = old[len(merged) :], new[len(split) :]
+        element = self.trace(call["input"]).subs(by_index, simultaneous=True)
+        return _without_fractions(element, found.shape)
 
     _view = _reshape = _squeeze = _flatten = _unflatten = _reshaped
 

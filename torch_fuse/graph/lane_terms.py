@@ -10,7 +10,7 @@ import torch
 from torch_fuse.graph.miss import Miss
 
 LEAF = 1 << 20  # a reference is (leaf number + 1) * LEAF + lane; 0 stands for the factor 1
-_MAX_TERMS = 8
+MAX_TERMS = 8
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def merged(terms: Lanes) -> Lanes:
         Miss: when there are more terms than a rotary embedding has.
     """
     kept = [t for t in terms if bool((t.sign != 0).any())]
-    if len(kept) > _MAX_TERMS:
+    if len(kept) > MAX_TERMS:
         raise Miss(f"the value is a sum of {len(kept)} terms, more than a rotary embedding has")
     return kept or terms[:1]
 

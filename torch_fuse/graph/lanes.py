@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.fx import Node
 
 from torch_fuse.graph.calls import Call, call_of
 from torch_fuse.graph.effects import Order
-from torch_fuse.graph.lane_terms import LEAF, Lanes, Term, broadcast, merged, nothing, stacked, times
+from torch_fuse.graph.lane_terms import LEAF, MAX_TERMS, Lanes, Term, broadcast, merged, nothing, stacked, times
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import keeps_reals, same_shape, static_int, tensor, value
 
@@ -32,12 +33,14 @@ class LaneTrace:
         order: positions of the graph's nodes.
         is_leaf: nodes that are not looked into.
         leaves: the leaves met so far; a reference names a leaf by its position here.
+        ranks: how many of the last dimensions of each leaf its lanes are.
         nodes: every node looked through.
     """
 
     order: Order
     is_leaf: Callable[[Node], bool]
     leaves: list[Node] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
     nodes: set[Node] = field(default_factory=set)
     _memo: dict[tuple[Node, int, int], Lanes | list[Lanes]] = field(default_factory=dict)
 
@@ -70,6 +73,9 @@ class LaneTrace:
             shape = [*shape, 2]
         if node not in self.leaves:
             self.leaves.append(node)
+            self.ranks.append(rank)
+        if self.ranks[self.leaves.index(node)] != rank:
+            raise Miss(f"the last dimensions of {node.name} are read in two ways", node)
         count = torch.Size(shape).numel()
         if count >= LEAF:
             raise Miss(f"the head dimension of {node.name} has {count} elements", node)
@@ -94,6 +100,8 @@ class LaneTrace:
             return self._sum(call, rank, -1 if op == "sub" else 1)
         if op in ("mul", "div"):
             return self._product(call, rank)
+        if op == "sum":
+            return self._reduced(node, call, rank)
         if op == "addcmul":
             return self._addcmul(call, rank)
         if op in ("empty_like", "zeros_like", "empty", "new_empty", "zeros", "new_zeros"):
@@ -129,6 +137,19 @@ class LaneTrace:
         second = [Term(sign * t.sign, t.a, t.b) for t in self.trace(right, self._rank_of(right, rank))]
         terms = [*self.trace(left, self._rank_of(left, rank)), *second]
         return merged(broadcast(terms))
+
+    def _reduced(self, node: Node, call: Call, rank: int) -> Lanes | None:
+        """The sum over a short dimension among the last ones: of a matrix's rows times a pair, say."""
+        found, result = tensor(call["input"]), tensor(node)
+        dims = call["dim"] if isinstance(call["dim"], (list, tuple)) else [call["dim"]]
+        if found is None or result is None or call["keepdim"] or len(dims) != 1 or result.dtype != found.dtype:
+            return None
+        dim = _lane_dim(dims[0], found.dim(), rank + 1)
+        count = None if dim is None else static_int(found.shape[dims[0]])
+        if dim is None or count is None or count > MAX_TERMS:
+            return None
+        terms = broadcast(self.trace(call["input"], rank + 1))
+        return merged([t.map(partial(torch.select, dim=dim, index=i)) for i in range(count) for t in terms])
 
     def _product(self, call: Call, rank: int) -> Lanes | None:
         left, right = call["input"], call["other"]

@@ -19,38 +19,40 @@ from torch_fuse._compat import ShapeEnv, known_true
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.fold import fold_constant
 from torch_fuse.graph.index_expr import DIM, IndexTrace, loads, size_expr
-from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.values import equal, tensor
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Query i of a batch attends to key j where i - left <= j <= i + right and `keys` holds.
+    """Query i of a batch attends to key j where i - left <= j <= i + right, and `keys` and `queries` hold.
 
     Attributes:
         left: how far back a query sees, or None for any distance; a causal window of w keys has w - 1.
         right: how far ahead; causal masks have 0.
         keys: condition on values of the keys, `sympy.true` when there is none. The values are applied functions of
             `DIM[rank - 4]` (batch) and `DIM[rank - 1]` (key), named as in `sources`.
-        sources: boolean and integer tensors of the graph that `keys` loads from.
+        queries: condition on values of the queries, likewise with `DIM[rank - 2]`; where it fails, no key is kept.
+        sources: boolean and integer tensors of the graph that `keys` and `queries` load from.
         rank: of the mask.
     """
 
     left: int | None = None
     right: int | None = None
     keys: sympy.Basic = sympy.true
+    queries: sympy.Basic = sympy.true
     sources: Mapping[str, Node] = field(default_factory=dict)
     rank: int = 4
 
     @property
     def keeps_all(self) -> bool:
         """Whether every query attends to every key."""
-        return self.left is None and self.right is None and self.keys == sympy.true
+        return self.left is None and self.right is None and self.keys == self.queries == sympy.true
 
     @property
     def is_causal(self) -> bool:
         """Whether queries attend to the keys up to their own index, and to all of them."""
-        return self.left is None and self.right == 0 and self.keys == sympy.true
+        return self.left is None and self.right == 0 and self.keys == self.queries == sympy.true
 
 
 def match_mask(
@@ -87,7 +89,7 @@ def match_mask(
             raise
         meaning = _evaluate(~folded if inverted else folded)
         if meaning is None:
-            raise Miss(symbolic.reason, symbolic.node) from None
+            raise _constant_miss(folded, symbolic) from None
         return meaning
 
 
@@ -151,7 +153,10 @@ def _keep_condition(element: sympy.Basic, found: torch.Tensor, node: Node) -> tu
         if value == 0:
             keep = sympy.Or(keep, here)
         elif not _excludes(value, found.dtype):
-            raise Miss(f"the mask adds {value} to scores, which is neither 0 nor -inf", node)
+            if value == sympy.oo:
+                raise Miss("the mask adds inf to scores", node)
+            shown = f"{float(value):g}" if value.is_number else "a number for each place"
+            raise Kept(f"the mask adds {shown} to scores: a bias, which excludes no key for certain", node)
         else:
             finite |= value != -sympy.oo
     return keep, finite
@@ -174,13 +179,12 @@ def _decide(keep: sympy.Basic, found: torch.Tensor, node: Node, shape_env: Shape
     rank = found.dim()
     i, j = DIM[rank - 2], DIM[rank - 1]
     sizes = {DIM[d]: size_expr(size) for d, size in enumerate(found.shape)}
-    keys: list[sympy.Basic] = []
+    of_values: dict[str, list[sympy.Basic]] = {"keys": [], "queries": []}
     bounds: dict[str, list[int]] = {"left": [], "right": []}
     broadcast = {DIM[d]: sympy.Integer(0) for d, size in enumerate(found.shape) if equal(size, 1)}
     for conjunct in _conjuncts(keep.subs(broadcast)):
         if conjunct.atoms(AppliedUndef):
-            _check_keys(conjunct, rank, trace)
-            keys.append(conjunct)
+            of_values[_side(conjunct, rank, trace)].append(conjunct)
             continue
         truth = _truth(conjunct, sizes, shape_env)
         if truth is False:
@@ -189,8 +193,9 @@ def _decide(keep: sympy.Basic, found: torch.Tensor, node: Node, shape_env: Shape
             side, distance = _bound(conjunct, i, j, node)
             bounds[side].append(distance)
     left, right = (min(bounds[side], default=None) for side in ("left", "right"))
-    names = {load.func.__name__ for conjunct in keys for load in loads(conjunct)}
-    return Mask(left, right, sympy.And(*keys), {name: trace.sources[name] for name in sorted(names)}, rank)
+    keys, queries = (sympy.And(*of_values[side]) for side in ("keys", "queries"))
+    names = sorted({load.func.__name__ for load in loads(keys) | loads(queries)})
+    return Mask(left, right, keys, queries, {name: trace.sources[name] for name in names}, rank)
 
 
 def _conjuncts(condition: sympy.Basic) -> Iterator[sympy.Basic]:
@@ -205,15 +210,31 @@ def _conjuncts(condition: sympy.Basic) -> Iterator[sympy.Basic]:
         yield condition
 
 
-def _check_keys(conjunct: sympy.Basic, rank: int, trace: IndexTrace) -> None:
-    """Raises Miss unless a condition on loaded values is one on batch and key alone."""
-    allowed = {DIM[rank - 1]} | ({DIM[0]} if rank == 4 else set())
+def _side(conjunct: sympy.Basic, rank: int, trace: IndexTrace) -> str:
+    """What a condition on loaded values is one on: "keys" or "queries" of a batch.
+
+    Raises:
+        Miss: when it is neither.
+    """
+    batch = {DIM[0]} if rank == 4 else set()
     values = loads(conjunct)
     plain = conjunct.xreplace({load: sympy.Dummy(load.func.__name__) for load in values})
-    for load in values:
-        indices = [index for index in load.args if not index.is_Integer]
-        if not set(indices) <= allowed or len(set(indices)) != len(indices) or plain.free_symbols & set(DIM):
-            raise trace.reasons[load.func.__name__]
+    for side, position in (("keys", DIM[rank - 1]), ("queries", DIM[rank - 2])):
+        if not plain.free_symbols & set(DIM) and all(_reads(load, {position} | batch) for load in values):
+            return side
+    for load in sorted(values, key=str):
+        if load.free_symbols >= {DIM[rank - 2], DIM[rank - 1]} and trace.is_input(load):
+            raise Miss(
+                f"the mask is input {trace.shown(load)}, which has a value for each query and key: "
+                "what it keeps is known only when the graph runs", trace.sources[load.func.__name__],
+            )  # fmt: skip
+    raise trace.reasons[min(values, key=str).func.__name__]
+
+
+def _reads(load: AppliedUndef, allowed: set[sympy.Symbol]) -> bool:
+    """Whether a value is loaded by some of the allowed indices alone, each used once."""
+    indices = [index for index in load.args if not index.is_Integer]
+    return set(indices) <= allowed and len(set(indices)) == len(indices)
 
 
 def _bound(conjunct: sympy.Basic, i: sympy.Symbol, j: sympy.Symbol, node: Node) -> tuple[str, int]:
@@ -229,7 +250,7 @@ def _bound(conjunct: sympy.Basic, i: sympy.Symbol, j: sympy.Symbol, node: Node) 
 
 def _keeps_a_key(mask: Mask, found: torch.Tensor, shape_env: ShapeEnv | None) -> bool:
     """Whether every query is known to attend to at least one key."""
-    if mask.keys != sympy.true or (mask.right is not None and mask.right < 0):
+    if mask.keys != sympy.true or mask.queries != sympy.true or (mask.right is not None and mask.right < 0):
         return False
     queries, keys = (size_expr(size) for size in found.shape[-2:])
     return mask.left is None or (mask.left >= 0 and known_true(sympy.Le(queries - mask.left, keys), shape_env))
@@ -275,15 +296,31 @@ def _truth(condition: sympy.Basic, sizes: dict[sympy.Symbol, sympy.Expr], shape_
     return False if known_true(sympy.Lt(highest, 0), shape_env) else None
 
 
+def _constant_miss(mask: torch.Tensor, symbolic: Miss) -> Miss:
+    """Why a constant mask is no band; the symbolic reason where its numbers say more."""
+    kept = mask if mask.dtype == torch.bool else mask == 0
+    if isinstance(symbolic, Kept) or not bool((kept | _excluded(mask)[0]).all() & kept.any()):
+        return type(symbolic)(symbolic.reason, symbolic.node)
+    if _evaluate(kept) is not None:
+        return Miss("the mask adds a finite number: rows without a key would average all values", symbolic.node)
+    share = kept.double().mean().item()
+    return Kept(f"the mask is constant and keeps {share:.0%} of the pairs, which are no band of keys", symbolic.node)
+
+
+def _excluded(mask: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """What a constant mask excludes, and whether by a finite number."""
+    if mask.dtype == torch.bool:
+        return ~mask, False
+    lowest = mask == torch.finfo(mask.dtype).min
+    if mask.dtype == torch.float16:
+        return mask == -torch.inf, False
+    return (mask == -torch.inf) | lowest, bool(lowest.any())
+
+
 def _evaluate(mask: torch.Tensor) -> Mask | None:
     """The meaning of a constant mask, from its values."""
-    finite = False
+    excluded, finite = _excluded(mask)
     if mask.dtype != torch.bool:
-        lowest = mask == torch.finfo(mask.dtype).min
-        excluded = mask == -torch.inf
-        if mask.dtype != torch.float16:
-            finite = bool(lowest.any())
-            excluded |= lowest
         if not bool((excluded | (mask == 0)).all()):
             return None
         mask = ~excluded
@@ -300,24 +337,3 @@ def _evaluate(mask: torch.Tensor) -> Mask | None:
     if not bool((mask == ((distance >= first) & (distance <= last))).all()):
         return None
     return Mask(None if first == 1 - queries else -first, None if last == keys - 1 else last)
-
-
-def learned_source(mask: Node) -> str | None:
-    """The product, lookup or selection of data that a mask is computed with; None when there is none.
-
-    Such a mask is a bias or a choice of keys that the model makes, whatever the positions.
-    """
-    pending, seen = [mask], set[Node]()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        name = getattr(node.target, "__name__", str(node.target))
-        if node.op in ("call_function", "call_method") and name in _LEARNED:
-            return name
-        pending += node.all_input_nodes
-    return None
-
-
-_LEARNED = {"linear", "matmul", "bmm", "baddbmm", "einsum", "embedding", "topk", "conv1d", "softmax"}

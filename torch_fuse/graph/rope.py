@@ -3,7 +3,8 @@
 out[p] = x[p] * cos - x[q] * sin and out[q] = x[q] * cos + x[p] * sin for the pairs (p, q) of the first
 `rotary_dim` lanes, the rest passed through (RoFormer, arXiv:2104.09864). Pairs are (i, i + rotary_dim / 2)
 ("half", GPT-NeoX, Llama) or (2i, 2i + 1) ("interleaved", GPT-J, Wan), or (real, imaginary) of complex numbers
-that are multiplied by cos + i sin (Llama 4).
+that are multiplied by cos + i sin (Llama 4). A table may hold whole matrices ((a, b), (c, d)), one for each pair: of a
+rotation (Flux's first version, PRX, Kandinsky 5), or of anything else.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Rope:
             cos_lanes = (step, first, second): pair i uses lanes step * i + first and step * i + second of its
             last dimension for its two elements.
         sin: table of sines, and sin_lanes.
+        cos_rank: how many of the last dimensions of the table its lanes are, and sin_rank.
         sin_sign: -1 when it rotates the other way round, by -sin.
+        matrices: the table has the sine of a pair's first element negated: out[p] = x[p] * cos + sin_sign * x[q] * sin.
         nodes: all nodes from the source to the result.
     """
 
@@ -51,7 +54,10 @@ class Rope:
     sin: Node
     cos_lanes: tuple[int, int, int]
     sin_lanes: tuple[int, int, int]
+    cos_rank: int
+    sin_rank: int
     sin_sign: int
+    matrices: bool
     nodes: frozenset[Node]
 
 
@@ -105,7 +111,7 @@ def _match(
     _check_one_piece(terms, node)
     if not bool((_count(terms) > 1).any()):
         return None  # every lane is scaled on its own
-    source = _source(node, trace, tables)
+    source = _source(node, trace, tables, terms)
     lanes = _products(terms, source, node)
     head_dim = len(lanes)
     offset = min(product[1] for lane in lanes for product in lane)
@@ -120,19 +126,24 @@ def _match(
     half = rotary_dim // 2
     interleaved = half > 1 and any(product[1] == offset + 1 for product in lanes[0])
     pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
-    turn = _turn(lanes, pairs[0], offset)
+    turn = _turn(lanes, pairs[0][1], offset + pairs[0][0])
+    first_turn = _turn(lanes, pairs[0][0], offset + pairs[0][1])
     cos: list[tuple[tuple[int, int], tuple[int, int]]] = []
     sin: list[tuple[tuple[int, int], tuple[int, int]]] = []
     for first, second in pairs:
-        own_1, cross_1 = _own_and_cross(lanes[first], offset + first, offset + second, -turn, node)
+        own_1, cross_1 = _own_and_cross(lanes[first], offset + first, offset + second, first_turn, node)
         own_2, cross_2 = _own_and_cross(lanes[second], offset + second, offset + first, turn, node)
         cos.append((own_1, own_2))
         sin.append((cross_1, cross_2))
-    cos_leaf, cos_lanes = _table(cos, trace.leaves, node)
-    sin_leaf, sin_lanes = _table(sin, trace.leaves, node)
+    cos_leaf, cos_lanes = _table(cos, node)
+    sin_leaf, sin_lanes = _table(sin, node)
+    matrices = first_turn == turn
+    if matrices and sin_lanes[0] < 1:
+        raise Miss("the signs are not those of a rotation, (x1 cos - x2 sin, x2 cos + x1 sin)", node, 2)
     return Rope(
-        node, trace.leaves[source], offset, head_dim, rotary_dim, interleaved, cos_leaf, sin_leaf, cos_lanes,
-        sin_lanes, turn, frozenset(trace.nodes),
+        node, trace.leaves[source], offset, head_dim, rotary_dim, interleaved, trace.leaves[cos_leaf],
+        trace.leaves[sin_leaf], cos_lanes, sin_lanes, trace.ranks[cos_leaf], trace.ranks[sin_leaf], turn, matrices,
+        frozenset(trace.nodes),
     )  # fmt: skip
 
 
@@ -160,7 +171,12 @@ def _check_one_piece(terms: Sequence[Term], node: Node) -> None:
         )  # fmt: skip
 
 
-def _source(node: Node, trace: LaneTrace, tables: Collection[Node]) -> int:
+def _in_every_product(number: int, terms: Sequence[Term]) -> bool:
+    in_a_factor = [(leaf_and_lane(t.a)[0] == number) | (leaf_and_lane(t.b)[0] == number) for t in terms]
+    return all(bool((found | (t.sign == 0)).all()) for found, t in zip(in_a_factor, terms, strict=True))
+
+
+def _source(node: Node, trace: LaneTrace, tables: Collection[Node], terms: Sequence[Term]) -> int:
     """The number of the leaf that is rotated: the one that has the result's leading dimensions."""
     result = tensor(node)
     assert result is not None
@@ -171,6 +187,8 @@ def _source(node: Node, trace: LaneTrace, tables: Collection[Node]) -> int:
             continue
         if same_shape(found.shape[: result.dim() - 1], result.shape[:-1]):
             candidates.append(number)
+    if len(candidates) > 1:  # cosines and sines go into half of the products each
+        candidates = [number for number in candidates if _in_every_product(number, terms)]
     if len(candidates) != 1:
         raise Miss(f"{len(candidates)} of {len(trace.leaves)} inputs could be what is rotated", node, 1)
     return candidates[0]
@@ -200,9 +218,9 @@ def _products(terms: Sequence[Term], source: int, node: Node) -> list[list[_Prod
     return lanes
 
 
-def _turn(lanes: list[list[_Product]], pair: tuple[int, int], offset: int) -> int:
-    """The sign of the sine in the second lane of a pair."""
-    return next((sign for sign, lane, _ in lanes[pair[1]] if lane == offset + pair[0]), 1)
+def _turn(lanes: list[list[_Product]], own: int, cross: int) -> int:
+    """The sign with which lane `cross` of the source goes into lane `own`."""
+    return next((sign for sign, lane, _ in lanes[own] if lane == cross), 1)
 
 
 def _own_and_cross(
@@ -219,14 +237,12 @@ def _own_and_cross(
     return cos, sin
 
 
-def _table(
-    entries: Sequence[tuple[tuple[int, int], tuple[int, int]]], leaves: Sequence[Node], node: Node
-) -> tuple[Node, tuple[int, int, int]]:
-    """The leaf and the (step, first, second) lanes that the entries of all pairs come from."""
+def _table(entries: Sequence[tuple[tuple[int, int], tuple[int, int]]], node: Node) -> tuple[int, tuple[int, int, int]]:
+    """The number of the leaf and the (step, first, second) lanes that the entries of all pairs come from."""
     leaf = entries[0][0][0]
     first, second = entries[0][0][1], entries[0][1][1]
     step = entries[1][0][1] - first if len(entries) > 1 else 1
     for i, (one, two) in enumerate(entries):
         if one != (leaf, first + i * step) or two != (leaf, second + i * step):
             raise Miss("the cosines or sines of the pairs are not evenly spaced in one table", node, 2)
-    return leaves[leaf], (step, first, second)
+    return leaf, (step, first, second)

@@ -8,7 +8,7 @@ such row, or such rows have to be computed apart: see `MaskPlan.apart`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,6 +27,8 @@ from torch_fuse.graph.written_attention import WrittenOut
 # A score that is replaced by a number from here down has a weight of zero next to any score of a real model.
 LOW_FILL = -1e9
 LOW_FILL_FLOAT16 = -6e4
+# The lowest number of float32 times this still takes a key out.
+SMALLEST_FACTOR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def plan_mask(written: WrittenOut, order: Order, shape_env: ShapeEnv | None) -> 
             kept.append(proven)
             excluding.append(term)
             _check_factors(term)
-            terms.append(term)
+            terms.append(replace(term, factors=()))  # unscaled, it excludes the same keys
         else:
             terms.append(_moderate(term, order, written))
     if len(terms) - len(excluding) > 1 and _wider(written):
@@ -113,8 +115,14 @@ def _excludes(node: Node) -> bool:
 
 
 def _check_factors(term: Term) -> None:
-    if term.factors:
-        raise Miss("the mask is scaled after it is added", term.node)
+    """Raises Miss unless a mask is still one after its sum with the scores is scaled, and does not overflow."""
+    scale = 1.0
+    for factor in term.factors:
+        if not isinstance(factor.number, (int, float)) or factor.number <= 0:
+            raise Miss("the mask is scaled by a tensor after it is added", term.node)
+        scale = scale / factor.number if factor.divides else scale * factor.number
+    if not SMALLEST_FACTOR <= scale <= 1:
+        raise Miss(f"the mask is scaled by {scale} after it is added", term.node)
 
 
 def check_low(fill: Fill, written: WrittenOut) -> None:

@@ -122,7 +122,9 @@ def weights_of(node: Any, walk: Walk) -> tuple[Walk, Product] | None:
         if call.op == "softmax":
             if call["dim"] not in (-1, found.dim() - 1):
                 return None
-            return _scores(call["input"], walk.over(node, softmax=node, refusal=walk.refuse(_autocast(node, call))))
+            return _scores(
+                node, call["input"], walk.over(node, softmax=node, refusal=walk.refuse(_autocast(node, call)))
+            )
         source = call.args.get("input")
         if call.op == "dropout":
             drops = call["training"] is not False and walk.dropout_p == 0
@@ -176,8 +178,9 @@ def _split(node: Node, heads: tuple[Any, Any] | None) -> tuple[Any, Any] | None:
 # -- from the softmax to the scores --------------------------------------------------------------------------------
 
 
-def _scores(node: Any, walk: Walk) -> tuple[Walk, Product] | None:
-    """Looks through what lies between the product of query and key and the softmax."""
+def _scores(reader: Node, node: Any, walk: Walk) -> tuple[Walk, Product] | None:
+    """Looks through what lies between the product of query and key and the softmax, from what `reader` reads."""
+    node = _last_write(node, reader)
     found = tensor(node)
     if found is None or found.dim() < 3 or walk.steps > _LIMIT:
         return None
@@ -189,9 +192,9 @@ def _scores(node: Any, walk: Walk) -> tuple[Walk, Product] | None:
     if call is None:
         return _through_unknown(node, walk, getattr(node.target, "__name__", str(node.target)))
     if _is_view(call, node):
-        return _scores(call["input"], walk.over(node, heads=_split(node, walk.heads)))
+        return _scores(node, call["input"], walk.over(node, heads=_split(node, walk.heads)))
     if _is_cast(call, node) or call.op in ("contiguous", "clone"):
-        return _scores(call["input"], walk.over(node))
+        return _scores(node, call["input"], walk.over(node))
     if call.op == "add":
         return _sum(node, call, found, walk)
     if call.op in ("mul", "div"):
@@ -203,20 +206,29 @@ def _scores(node: Any, walk: Walk) -> tuple[Walk, Product] | None:
     if call.op == "tanh":
         second = walk.refuse("the scores go through tanh twice") if walk.cap is not None else walk.refusal
         cap = Cap(walk.factors, len(walk.terms), len(walk.fills))
-        return _scores(call["input"], walk.over(node, cap=cap, factors=(), refusal=second))
+        return _scores(node, call["input"], walk.over(node, cap=cap, factors=(), refusal=second))
     if call.op == "sub" and call["alpha"] == 1 and (maximum := row_maximum(call["other"], call["input"])):
         late = walk.touched or walk.sinks is not None
         between = "the scores are changed after their maximum is subtracted" if late else ""
         further = walk.over(node, refusal=walk.refuse(between))
-        return _scores(call["input"], replace(further, nodes=further.nodes | maximum))
+        return _scores(node, call["input"], replace(further, nodes=further.nodes | maximum))
     return _through_unknown(node, walk, call.op)
+
+
+def _last_write(node: Any, reader: Node) -> Any:
+    """The call that last wrote to a node before another reads it (`scores.masked_fill_(...)`), or the node itself."""
+    if not isinstance(node, Node):
+        return node
+    calls = [(user, call_of(user)) for user in node.users if user is not reader and user < reader]
+    writes = [user for user, call in calls if call is not None and call.inplace and call.args.get("input") is node]
+    return max(writes, default=node)
 
 
 def _through_unknown(node: Node, walk: Walk, name: str) -> tuple[Walk, Product] | None:
     same = [x for x in node.all_input_nodes if tensor(x) is not None and alike(x, node)]
     if len(same) != 1:
         return None
-    return _scores(same[0], walk.over(node, refusal=walk.refuse(f"the scores go through {name}")))
+    return _scores(node, same[0], walk.over(node, refusal=walk.refuse(f"the scores go through {name}")))
 
 
 def _joined(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Walk, Product] | None:
@@ -230,10 +242,10 @@ def _joined(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Wa
         reason = "the scores are changed after they are joined"
     else:
         scores, sinks, between = joined
-        return _scores(scores, walk.over(node, sinks=sinks, sink_nodes=between))
+        return _scores(node, scores, walk.over(node, sinks=sinks, sink_nodes=between))
     further = walk.over(node, drops_sinks=False, refusal=walk.refuse(f"attention sinks: {reason}"))
     parts = call["tensors"] if isinstance(call["tensors"], (list, tuple)) else ()
-    return next((seen for part in parts if (seen := _scores(part, further)) is not None), None)
+    return next((seen for part in parts if (seen := _scores(node, part, further)) is not None), None)
 
 
 def alike(a: Any, b: Any) -> bool:
@@ -252,7 +264,7 @@ def _sum(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Walk,
         if not isinstance(addend, Node) or tensor(addend) is None or call["alpha"] != 1:
             continue
         term = Term(addend, found.dim(), walk.factors)
-        further = _scores(scores, walk.over(node, terms=(*walk.terms, term)))
+        further = _scores(node, scores, walk.over(node, terms=(*walk.terms, term)))
         if further is not None:
             return further
     return None
@@ -266,7 +278,7 @@ def _scaled(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Wa
         if not (isinstance(scores, Node) and alike(scores, node)) or alike(number, node):
             continue
         factor = Factor(number, call.op == "div")
-        further = _scores(scores, walk.over(node, factors=(*walk.factors, factor)))
+        further = _scores(node, scores, walk.over(node, factors=(*walk.factors, factor)))
         if further is not None:
             return further
     return None
@@ -287,7 +299,7 @@ def _filled(node: Node, call: Call, found: torch.Tensor, walk: Walk) -> tuple[Wa
             continue
         fill = Fill(mask, inverted, number, filled, found.dim(), len(walk.terms))
         refusal = walk.refuse("the scores are scaled after masking" if walk.factors else "")
-        further = _scores(scores, walk.over(node, fills=(*walk.fills, fill), refusal=refusal))
+        further = _scores(node, scores, walk.over(node, fills=(*walk.fills, fill), refusal=refusal))
         if further is not None:
             return further
     return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+
+import torch
 from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
@@ -29,6 +32,8 @@ def not_understood(node: Node) -> Node | None:
         seen.add(current)
         call = call_of(current)
         if call is None:
+            if current.target in (torch.tensor, torch.scalar_tensor):
+                continue  # a constant
             name = getattr(current.target, "__name__", str(current.target))
             if not (name.startswith(_PROJECTIONS) or _is_ours(current)):
                 return current
@@ -36,6 +41,9 @@ def not_understood(node: Node) -> Node | None:
             continue
         elif call.op in ("cat", "stack") and isinstance(call["tensors"], (list, tuple)):
             pending += [part for part in call["tensors"] if isinstance(part, Node)]
+        elif call.op in ("empty", "empty_like", "new_empty"):
+            stores = [user for user in current.users if user.target is operator.setitem and user.args[0] is current]
+            pending += [user.args[2] for user in stores if isinstance(user.args[2], Node)]
         elif call.op == "add" and any(_is_bias(call[name]) for name in ("input", "other")):
             pending += [call[name] for name in ("input", "other") if not _is_bias(call[name])]
         elif call.op in _NO_ROTATION and not call.inplace:

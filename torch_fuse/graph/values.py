@@ -31,6 +31,11 @@ def equal(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
+def less(a: Any, b: Any) -> bool:
+    """Whether a size is known to be less than another without a guard."""
+    return statically_known_true(a < b)
+
+
 def unequal(a: Any, b: Any) -> bool:
     """Whether two sizes are known to differ; for sizes that the graph as it was needs to be equal, too."""
     return statically_known_true(a != b)

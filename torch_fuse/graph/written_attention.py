@@ -111,12 +111,19 @@ def _heads(seen: tuple[Any, Any] | None, *products: Product) -> tuple[Any, Any] 
 def _escape(written: WrittenOut) -> str:
     for node in written.nodes - {written.node}:
         for user in node.users:
-            if user in written.nodes or (user.op != "output" and not _carries_tensor(user)):
+            if user in written.nodes or (user.op != "output" and not _carries_tensor(user)) or _reads_kind(user, node):
                 continue
             if _before_softmax(node, written):
                 return "the scores before the softmax are used elsewhere too"
             return "the attention weights are used elsewhere too (output_attentions)"
     return ""
+
+
+def _reads_kind(user: Node, node: Node) -> bool:
+    """Whether a node reads the shape or the dtype of another only: `mask.expand_as(scores)`."""
+    call = call_of(user)
+    like = call is not None and call.op in ("cast", "expand_as", "view_as", "reshape_as")
+    return like and call["input"] is not node  # type: ignore[index]
 
 
 def _before_softmax(node: Node, written: WrittenOut) -> bool:

@@ -61,7 +61,8 @@ class Builder:
         Layers share masks and tables; given one for each layer, Inductor would compute each.
         """
         wanted = target if isinstance(target, str) else op_overload(target)
-        source = next(arg for arg in args if isinstance(arg, Node))
+        flat = (item for arg in args for item in (arg if isinstance(arg, tuple) else (arg,)))
+        source = next(item for item in flat if isinstance(item, Node))
         for node in source.users:
             same = node.meta.get("torch_fuse_shared") and (node.target, node.args) == (wanted, args)
             if same and node < self._before and not self._written_since(source, node):

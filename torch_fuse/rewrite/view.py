@@ -95,7 +95,7 @@ class GraphView:
                 self._masks[question] = miss
         answer = self._masks[question]
         if isinstance(answer, Miss):
-            raise Miss(answer.reason, answer.node)
+            raise type(answer)(answer.reason, answer.node)
         self.order.check_unwritten([mask], self.order.index[before])
         return answer
 
