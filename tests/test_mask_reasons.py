@@ -75,7 +75,7 @@ MISSED: dict[str, tuple[Callable[[], Tensor], Mask, str]] = {
     "numbers given, more before": (
         lambda: torch.where(_tokens().bool(), 0.0, -1e4),
         lambda q, m: F.pad(-1.0 * _index()[2:], (2, 0)) + m[:, None, None],
-        "adds numbers of input m",
+        "computed with pad, which is not understood",
     ),
     "a lowered token": (_tokens, lambda q, m: ((1 - m.to(q.dtype)) * -10000.0)[:, None, None], "made of input m"),
     "not understood": (

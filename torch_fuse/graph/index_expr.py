@@ -186,16 +186,7 @@ class IndexTrace(Views):
         return sympy.expand(_ARITHMETIC[call.op](a, b))
 
     def _both(self, call: Call, found: torch.Tensor) -> tuple[Any, Any]:
-        """Both operands; that one is a bias says more than that the other is not understood."""
-        operands, misses = [], []
-        for name in ("input", "other"):
-            try:
-                operands.append(self._operand(call[name], found))
-            except Miss as miss:
-                misses.append(miss)
-        if misses:
-            raise misses[0]
-        return operands[0], operands[1]
+        return self._operand(call["input"], found), self._operand(call["other"], found)
 
     def _of_booleans(self, node: Node, op: str, a: Any, b: Any) -> Any:
         if is_bool(a) and is_bool(b) and op in ("eq", "ne", "mul"):
