@@ -133,7 +133,7 @@ def launch(kernel: Any, grid: int, arguments: Sequence[Any], constants: dict[str
 
 def _described(kind: type, fields: dict[str, Any], base: Tensor) -> Any:
     """A descriptor like another one, of another tensor; its constructor would check all again."""
-    new = object.__new__(kind)
+    new: Any = object.__new__(kind)
     new.__dict__.update(fields)
     new.base = base
     return new

@@ -83,8 +83,7 @@ class LinearGelu(Pattern):
         op = linear_gelu.reference if options.kernels == "reference" else linear_gelu.linear_gelu
         new, old = builder.call(op, linear.input, weight, linear.bias), linear.node
         for view in match.bindings["views"]:
-            renamed = {old: new}
-            args, kwargs = map_arg((view.args, view.kwargs), lambda node, to=renamed: to.get(node, node))
+            args, kwargs = _renamed(view, old, new)
             new, old = builder.call(view.target, *args, **kwargs), view
         return {match.anchor: new}
 
@@ -126,6 +125,12 @@ def _unlike_the_op(linear: Linear, anchor: Node) -> str | None:
     if any(is_traceable_wrapper_subclass(other) for other in (x, weight, bias)):
         return "input, weight or bias is of a tensor subclass, which decides itself what a linear layer is"
     return None
+
+
+def _renamed(view: Node, old: Node, new: Node) -> tuple[Any, Any]:
+    """A view's arguments, with another node in place of one."""
+    renamed: tuple[Any, Any] = map_arg((view.args, view.kwargs), lambda node: new if node is old else node)
+    return renamed
 
 
 def _without_epilogue(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> str | None:
@@ -198,6 +203,14 @@ _SPELLINGS: dict[str, Block] = {
     "views_around": lambda m, x: m.down(_gelu(m.up(x).view(-1, 24)).view(2, 5, 24)),
     "dropout_behind": lambda m, x: m.down(F.dropout(_gelu(m.up(x)), 0.1, training=False)),
 }
+
+
+def _input_written_between(m: _Layers, x: torch.Tensor) -> Any:
+    x = x + 0
+    y = m.up(x)
+    return x.mul_(2), m.down(_gelu(y))
+
+
 _NEAR_MISSES: dict[str, Block] = {
     "erf": lambda m, x: m.down(F.gelu(m.up(x))),
     "other_cubic": lambda m, x: m.down(
@@ -213,8 +226,6 @@ _NEAR_MISSES: dict[str, Block] = {
     "scaled_between": lambda m, x: m.down(_gelu(m.up(x) * 2)),
     "written_between": lambda m, x: m.down(_gelu(m.up(x).mul_(2))),
     "bias_added_in_place": lambda m, x: m.down(_gelu(m.bare(x).add_(m.up.bias))),
-    "input_written_between": lambda m, x: (lambda x, y: (x.mul_(2), m.down(_gelu(y))))(
-        *(lambda x: (x, m.up(x)))(x + 0)
-    ),
+    "input_written_between": _input_written_between,
     "gated": lambda m, x: m.down(_gelu(m.up(x)) * m.bare(x)),
 }

@@ -55,6 +55,7 @@ KEPT: dict[str, tuple[Callable[[], Tensor], Mask, str]] = {
         lambda q, m: ((1 - m.to(q.dtype)) * -10000.0)[:, None, None],
         "adds -10000 to scores: a bias",
     ),
+    "a lowered token": (_tokens, lambda q, m: ((1 - m.to(q.dtype)) * -10000.0)[:, None, None], "adds a bias"),
     "no band": (_tokens, lambda q, m: _index() // 3 == _index()[:, None] // 3, "constant and keeps 33% of the pairs"),
     "no band, and rows without a key": (
         _tokens,
@@ -77,7 +78,6 @@ MISSED: dict[str, tuple[Callable[[], Tensor], Mask, str]] = {
         lambda q, m: F.pad(-1.0 * _index()[2:], (2, 0)) + m[:, None, None],
         "computed with pad, which is not understood",
     ),
-    "a lowered token": (_tokens, lambda q, m: ((1 - m.to(q.dtype)) * -10000.0)[:, None, None], "made of input m"),
     "not understood": (
         _tokens,
         lambda q, m: torch.roll(_causal(), 1, 1),
