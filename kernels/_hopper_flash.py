@@ -51,14 +51,14 @@ def cannot_read(**tensors: Tensor) -> str | None:
 
 
 def descriptors(x: Tensor, rows: int, parts: tuple[int, int]) -> list[Any]:
-    """How the memory engine finds tiles of rows: of the first part of the lanes, and of the last or the first again."""
+    """How the memory engine finds tiles of rows: of the first part of the lanes, and of the last, None if it is empty."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     strides = [x.stride(i) if x.shape[i] != 1 else 8 for i in range(3)] + [1]
     found: list[Any] = []
     for offset, lanes in ((0, parts[0]), (parts[0], parts[1])):
         if lanes == 0:
-            return found * 2
+            return [*found, None]
         block, dtype = [1, 1, rows, lanes], {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
         layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
         part = x[..., offset : offset + lanes]

@@ -126,6 +126,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
     with on_device_of(q):
         if split is None:
             launch.again(q, k, v, q, q, out, out, q)
+        elif split == 0:
+            launch.again(q, k, v, out)
         else:
             launch.again(q, q[..., split:], k, k[..., split:], v, v[..., split:], out)
     return out.transpose(1, 2)
