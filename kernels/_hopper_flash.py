@@ -51,7 +51,7 @@ def cannot_read(**tensors: Tensor) -> str | None:
 
 
 def descriptors(x: Tensor, rows: int, parts: tuple[int, int]) -> list[Any]:
-    """How the memory engine finds tiles of rows: of the first part of the lanes, and of the last, None if it is empty."""
+    """How the memory engine finds tiles of rows: of the first part of the lanes, and of the last (None if empty)."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     strides = [x.stride(i) if x.shape[i] != 1 else 8 for i in range(3)] + [1]

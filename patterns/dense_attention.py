@@ -26,9 +26,9 @@ from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
 from torch_fuse.rewrite.view import GraphView
 
-# From how many queries and keys on it wins over PyTorch's fastest backend, by head dim and whether it is causal: by more
-# than its launch costs (20 us more than SDPA's for Hopper's kernel), which models bound by launches would pay. That
-# leaves out head_dim 64, where it wins for few heads only (21.6 against 32.2 us for 12 heads of 2,048).
+# From how many queries and keys on it wins over PyTorch's fastest backend, by head dim and whether it is causal: by
+# more than its launch costs (20 us more than SDPA's for Hopper's kernel), which models bound by launches would pay.
+# That leaves out head_dim 64, where it wins for few heads only (21.6 against 32.2 us for 12 heads of 2,048).
 MIN_LENGTH = {
     (48, True): 512, (80, True): 512, (96, True): 512, (128, True): 2048, (128, False): 4096, (160, True): 512,
 }  # fmt: skip

@@ -87,8 +87,9 @@ def test_error_is_at_most_twice_sdpas(dim: int, is_causal: bool, dtype: torch.dt
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 191])
 def test_any_length(length: int) -> None:
-    assert_no_worse(inputs(length=length, heads=1, kv=1, dim=48), True)
-    assert_no_worse(inputs(length=length, heads=1, kv=1, dim=48, keys=100), False)
+    for dim in (48, 128):  # by Triton's kernel, and on Hopper by the other one
+        assert_no_worse(inputs(length=length, heads=1, kv=1, dim=dim), True)
+        assert_no_worse(inputs(length=length, heads=1, kv=1, dim=dim, keys=100), False)
 
 
 @pytest.mark.parametrize(("block_m", "block_n", "wave"), [(128, 64, 0), (64, 128, 0), (64, 32, 3), (32, 32, 4)])
@@ -100,9 +101,22 @@ def test_any_configuration(block_m: int, block_n: int, wave: int, monkeypatch: p
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_grouped_queries(is_causal: bool) -> None:
-    assert_no_worse(inputs(batch=2, heads=6, kv=2, length=70, dim=48), is_causal)
-    assert_no_worse(inputs(heads=3, kv=1, length=70, dim=48), is_causal, scale=0.3)
+@pytest.mark.parametrize("dim", [48, 64])
+def test_grouped_queries(dim: int, is_causal: bool) -> None:
+    assert_no_worse(inputs(batch=2, heads=6, kv=2, length=70, dim=dim), is_causal)
+    assert_no_worse(inputs(heads=3, kv=1, length=70, dim=dim), is_causal, scale=0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda" or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("dim", "length"), [(64, 1000), (80, 4500), (128, 1000), (128, 4500)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_hopper_kernel_takes_several_tiles_and_several_batches(dim: int, length: int, is_causal: bool) -> None:
+    tensors = inputs(batch=2, heads=4, kv=2, length=length, dim=dim, dtype=torch.bfloat16)
+    assert module.hopper_config(*tensors)[0] is not None
+    for scale in (1.0, 0.7):  # the second by the same launch with other tensors, and by one of its own
+        assert_no_worse([x * scale for x in tensors[:2]] + tensors[2:], is_causal)
+    assert_no_worse(tensors, is_causal, scale=0.2)
 
 
 def test_any_strides() -> None:
