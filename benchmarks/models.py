@@ -19,6 +19,7 @@ from common import Log, captured, error, interleaved_ms, kernels
 import torch_fuse
 
 EXACT = True
+FRAMES = [1, 5, 21]  # latent frames of Wan: 1,560, 7,800 and 32,760 tokens
 PYTHIA = {
     "tiny": (64, 2, 4, 128),
     "pythia-160m": (768, 12, 12, 3072),
@@ -131,7 +132,7 @@ def denoise(log: Log, dry: bool, device: str, reps: int) -> None:
     layers = 1 if dry else 4
     model = wan(layers, torch.bfloat16, device, tiny=dry)
     text = torch.randn(1, 16 if dry else 512, 32 if dry else 4096, device=device, dtype=torch.bfloat16)
-    for frames in (1,) if dry else (1, 5, 21):
+    for frames in (1,) if dry else FRAMES:
         height, width = (16, 24) if dry else (60, 104)
         x = torch.randn(1, 16, frames, height, width, device=device, dtype=torch.bfloat16)
         t = torch.tensor([500], device=device)
@@ -208,10 +209,11 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--reps", type=int, default=8)
+    parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="of Wan; 1,560 tokens each")
     parser.add_argument("--no-exact", action="store_true", help="compare with eager, not with float64: saves time")
     given = parser.parse_args()
-    global EXACT
-    EXACT = not given.no_exact
+    global EXACT, FRAMES
+    EXACT, FRAMES = not given.no_exact, given.frames
     log = Log(given.out)
     for name in given.only:
         PARTS[name](log, given.dry, "cpu" if given.dry else "cuda", 2 if given.dry else given.reps)

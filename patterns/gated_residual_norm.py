@@ -7,9 +7,9 @@ After:  r, h1, h2 = gated_residual_norm(x, y1, y2, gate1, gate2, w1, b1, w2, b2,
 
 Inductor fuses the same operators into one kernel, whose loop reads rows of more than 1,024 lanes twice, and in training
 adds two kernels; ours keeps the row in registers, in the backward too, takes the statistics of two norms once, and
-writes r only where something reads it. Wins on CUDA for wide rows and many tokens. The terms have to be in memory
-anyway (results of products, attention and custom ops) and the result has to be read from memory: otherwise Inductor
-fuses its neighbours, too.
+writes r only where something reads it. Wins on CUDA for wide rows and many tokens; with gradients it is not measured,
+and fires only with options["unmeasured"]. The terms have to be in memory anyway (results of products, attention and
+custom ops) and the result has to be read from memory: otherwise Inductor fuses its neighbours, too.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ After:  q, k = qk_norm_rope(linear(x).view(B, S, H, D), ..., cos, sin)      # on
 For GPT-NeoX, Llama, Qwen3, Phi, GPT-J, Falcon, OLMo2, Cohere, StableLM, Wan and others: any split of the projection,
 partial or full RoPE, half or interleaved pairs, cosines and sines or a matrix for each pair (Kandinsky, PRX), norms of
 each head, over all heads or none, rotated before or after they are cut into heads (LTX-Video). Query and key
-come out in [B, S, H, D] memory order, so attention's result needs no copy before the output projection.
+come out in [B, S, H, D] memory order, so attention's result needs no copy before the output projection. Without
+gradients and norms, partial embeddings are rotated where the projection left them (`_rope_in_place`).
 Wins on CUDA from some tokens on: Inductor's gather-heavy kernel for the same work runs at a third of the bandwidth.
 """
 
