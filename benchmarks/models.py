@@ -204,6 +204,7 @@ PARTS = {"prefill": prefill, "train": train, "wan": denoise, "llama": llama, "be
 
 
 def main() -> None:
+    global EXACT, FRAMES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON lines are appended to this file")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
@@ -212,7 +213,6 @@ def main() -> None:
     parser.add_argument("--frames", type=int, nargs="+", default=FRAMES, help="of Wan; 1,560 tokens each")
     parser.add_argument("--no-exact", action="store_true", help="compare with eager, not with float64: saves time")
     given = parser.parse_args()
-    global EXACT, FRAMES
     EXACT, FRAMES = not given.no_exact, given.frames
     log = Log(given.out)
     for name in given.only:
