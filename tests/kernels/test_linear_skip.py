@@ -90,9 +90,13 @@ def assert_no_worse(t: Operands, spec: Spec, dtype: torch.dtype, factors: torch.
     ours, theirs = (run(f, rounded, spec._replace(out_dtype=dtype), dtype, factors, grad) for f in (fused, unfused))
     for i, (wanted, mine, other) in enumerate(zip(exact, ours, theirs, strict=True)):
         assert mine.shape == wanted.shape
-        slack = {torch.float32: 3e-6}.get(dtype, 2e-4) * (1 + float(wanted.abs().max()))
-        for error in (lambda x: (x - wanted).abs().max(), lambda x: (x - wanted).pow(2).mean().sqrt()):  # noqa: B023
-            assert error(mine) <= 2 * error(other) + slack, (i, error(mine), error(other))
+        # of few values, or the largest of many, one comes out right by chance: a rounding more is allowed
+        size = 1 + float(wanted.abs().max())
+        rounding = torch.finfo(dtype).eps * size
+        for error, slack in ((lambda x: (x - wanted).abs().max(), rounding),  # noqa: B023
+                             (lambda x: (x - wanted).pow(2).mean().sqrt(),  # noqa: B023
+                              3e-6 * size if wanted.numel() > 64 else rounding)):  # fmt: skip
+            assert error(mine) <= 2 * error(other) + max(slack, 3e-6 * size), (i, error(mine), error(other))
 
 
 @pytest.fixture(autouse=True)
@@ -322,7 +326,7 @@ def test_supports_says_why_not() -> None:
     assert "y.dtype is torch.float64" in supports(t._replace(y=t.y.double()), spec)
     assert "out_dtype is torch.float64" in supports(t, spec._replace(out_dtype=torch.float64))
     assert "multiples of 16" in supports(t._replace(weight=t.weight[:, :40]), spec)
-    assert "x.stride(-1) is 9" in supports(t._replace(x=t.x.transpose(1, 2)), spec)
+    assert "x.stride(-1) is 32" in supports(t._replace(x=t.x.transpose(1, 2)), spec)
 
 
 def test_reference_takes_the_ops_arguments_and_is_differentiable() -> None:
