@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._ops import no_triton
 
-MODES = ("sum", "lerp", "lerp_back")
+MODES = ("sum", "lerp", "lerp_back", "step", "step_back")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -117,16 +117,17 @@ def scaled(x: Tensor, by: Tensor | float) -> Tensor:
 
 def combine(x: Tensor, linear: Tensor, a: Tensor | float, b: Tensor | float, mode: str) -> Tensor:
     """The combination of two tensors of one dtype."""
-    if mode == "lerp":
-        return torch.lerp(x, linear, b)
-    if mode == "lerp_back":
-        return torch.lerp(linear, x, b)
-    return scaled(x, a) + scaled(linear, b)
+    if mode == "sum":
+        return scaled(x, a) + scaled(linear, b)
+    start, end = (linear, x) if mode.endswith("back") else (x, linear)
+    return torch.lerp(start, end, b) if mode.startswith("lerp") else start + b * (end - start)
 
 
 def slopes(a: Tensor | float, b: Tensor | float, mode: str) -> tuple[Tensor | float, Tensor | float]:
     """Derivatives of the combination by x and by the linear layer's result."""
-    return {"sum": (a, b), "lerp": (1 - b, b), "lerp_back": (b, 1 - b)}[mode]
+    if mode == "sum":
+        return a, b
+    return (b, 1 - b) if mode.endswith("back") else (1 - b, b)
 
 
 def summed(full: Tensor, shape: Sequence[Any]) -> Tensor:

@@ -19,9 +19,11 @@ def _factor(pointer, stride_b, stride_s, stride_n, batch, position, n, keep_m, k
 
 
 @triton.jit
-def _lerp(start, end, weight):
-    """As torch.lerp has it, infinities included."""
+def _towards(start, end, weight, LERP: tl.constexpr):
+    """start + weight * (end - start); LERP: as torch.lerp has it, infinities included."""
     step = end - start
+    if not LERP:
+        return start + weight * step
     return tl.where(tl.abs(weight) < 0.5, start + weight * step, end - step * (1.0 - weight))
 
 
@@ -87,8 +89,8 @@ def kernel(y, y_m, weight, w_n, w_k, bias, x, x_b, x_s, a, a_b, a_s, a_n, b, b_b
         mix = tl.zeros([1, 1], tl.float32) + tl.cast(beta, tl.float32)
         if b is not None:
             mix = mix * _factor(b, b_b, b_s, b_n, batch, position, n, keep_m, keep_n, B)
-        if MODE == "lerp":  # noqa: SIM108
-            acc = _lerp(skip, acc, mix)
+        if MODE == "lerp" or MODE == "step":
+            acc = _towards(skip, acc, mix, MODE == "lerp")
         else:
-            acc = _lerp(acc, skip, mix)
+            acc = _towards(acc, skip, mix, MODE == "lerp_back")
     tl.store(out + at, acc.to(out.dtype.element_ty), keep)

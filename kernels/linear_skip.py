@@ -4,6 +4,7 @@
     out    = alpha * a * x + beta * b * linear        mode "sum"
     out    = lerp(x, linear, beta * b)                mode "lerp":      from x to linear
     out    = lerp(linear, x, beta * b)                mode "lerp_back": from linear to x
+    out    = x + beta * b * (linear - x)              modes "step" and, from linear to x, "step_back"
 
 The skip combination of consistency models (Song et al., arXiv:2303.01469: c_skip(t) * x + c_out(t) * F(x)) and gated
 residuals. The product is a tiled one of Triton's tutorials: fp32 sums, combined before the only rounding.
@@ -207,7 +208,7 @@ def _backward(ctx: Any, grad: Tensor | None, _linear: Tensor | None) -> tuple[An
             linear = F.linear(y, weight, bias).reshape(grad.shape)
         towards = linear.to(ctx.dtype)
         if spec.mode != "sum":
-            towards = towards - x if spec.mode == "lerp" else x - towards
+            towards = x - towards if spec.mode.endswith("back") else towards - x
         found[5] = summed(wide * towards, b.shape) * spec.beta
     return *(None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)), *[None] * len(
         spec

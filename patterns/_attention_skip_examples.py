@@ -124,6 +124,15 @@ def lerp_back(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
     return m.proj(y).lerp(x, 0.75)
 
 
+def written_out_lerp(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
+    return x + (per_sample(t) * (m.proj(y) - x)).to(x.dtype), torch.addcmul(x, x - m.bare(y), per_sample(t))
+
+
+def written_out_lerp_back(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
+    h = m.proj(y)
+    return h + 0.25 * (x - h)
+
+
 def complement(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
     gate = per_sample(torch.sigmoid(t))
     return gate * x + (1 - gate) * m.proj(y)
@@ -150,8 +159,8 @@ def norm_of_a_scaled_skip(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
 
 _SPELLINGS = (
     rcm, rcm_trigflow, trigflow_divided, wide_result, cast_coefficients, dit_gate, wan_gate, layer_scale, per_token,
-    full_gate, tanh_gate, addcmul_value, numbers, halved, difference, nested_factors, lerp, lerp_back, complement,
-    product_and_bias, conv1d, flat, norm_of_a_scaled_skip,
+    full_gate, tanh_gate, addcmul_value, numbers, halved, difference, nested_factors, lerp, lerp_back,
+    written_out_lerp, written_out_lerp_back, complement, product_and_bias, conv1d, flat, norm_of_a_scaled_skip,
 )  # fmt: skip
 
 
@@ -204,8 +213,8 @@ def gate_by_projection(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
     return x + h * torch.sigmoid(h)
 
 
-def written_out_lerp(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
-    return x + per_sample(t) * (m.proj(y) - x)
+def other_end_in_lerp(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
+    return m.bare(x) + per_sample(t) * (m.proj(y) - x)
 
 
 def scaled_in_place(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
@@ -243,7 +252,7 @@ def integer_gate(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
 
 _NEAR_MISSES = (
     plain_sum, norm_follows, no_projection, projection_read_again, product_read_again, sum_read_unrounded, dropped,
-    activated, broadcast_skip, gate_along_tokens, gate_by_projection, written_out_lerp, scaled_in_place,
+    activated, broadcast_skip, gate_along_tokens, gate_by_projection, other_end_in_lerp, scaled_in_place,
     skip_written_between, coefficient_written_between, result_written, skip_twice, integer_gate,
 )  # fmt: skip
 

@@ -112,7 +112,8 @@ def _spec(skip: Skip) -> linear_skip.Spec:
     """The op's options. The layer's result is kept where the gradient of its coefficient needs it."""
     result = tensor(skip.node)
     assert result is not None
-    keep = any(tensor(factor).requires_grad for factor, _ in skip.b.factors)  # type: ignore[union-attr]
+    wanted = any(tensor(factor).requires_grad for factor, _ in skip.b.factors)  # type: ignore[union-attr]
+    keep = wanted and result.requires_grad  # a parameter needs gradients, also where none are recorded
     return linear_skip.Spec(skip.a.number, skip.b.number, skip.mode, keep, result.dtype)
 
 
@@ -175,7 +176,7 @@ def _describe(skip: Skip) -> str:
 
     weight = list(tensor(skip.linear.weight).shape)  # type: ignore[union-attr]
     if skip.mode != "sum":
-        return f"{'lerp to' if skip.mode == 'lerp' else 'lerp from'} the projection {weight}"
+        return f"lerp {'from' if skip.mode.endswith('back') else 'to'} the projection {weight}"
     return f"({named(skip.a)}) * x + ({named(skip.b)}) * projection {weight}"
 
 

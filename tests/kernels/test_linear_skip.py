@@ -63,7 +63,7 @@ def unfused(t: Operands, spec: Spec) -> Tensor:
     if spec.mode == "sum":
         a = spec.alpha if t.a is None else t.a * spec.alpha
         return (t.x * a + linear * b).to(spec.out_dtype)
-    ends = (t.x, linear) if spec.mode == "lerp" else (linear, t.x)
+    ends = (linear, t.x) if spec.mode.endswith("back") else (t.x, linear)
     return (ends[0] + b * (ends[1] - ends[0])).to(spec.out_dtype)
 
 
@@ -191,7 +191,7 @@ def test_nan_and_inf_come_out_where_the_unfused_graph_has_them(value: float, mod
     for tensor, at in ((t.x, (0, 1, 2)), (t.x, (1, 2, 3)), (t.y, (1, 2, 0)), (t.y, (0, 3, 1)), (t.x, (0, 3, 3))):
         tensor[at] = value
     out = fused(t, spec)
-    if mode == "sum":
+    if not mode.startswith("lerp"):
         wanted = unfused(t, spec)
     else:
         linear = F.linear(t.y, t.weight, t.bias)
@@ -302,7 +302,7 @@ def test_tiles_are_chosen_so_that_every_multiprocessor_gets_one() -> None:
         ({"a": torch.ones(9)}, r"a.shape is \(9,\); allowed: what broadcasts to x's \(2, 9, 32\)"),
         ({"b": torch.ones(2, 1, 1, 1)}, r"b.shape is .*; allowed: what broadcasts to x's \(2, 9, 32\)"),
         ({"b": torch.ones(1, dtype=torch.int64)}, "b.dtype is torch.int64; allowed: floating-point types"),
-        ({"mode": "difference"}, "mode is 'difference'; allowed: sum, lerp, lerp_back"),
+        ({"mode": "difference"}, "mode is 'difference'; allowed: sum, lerp, lerp_back, step, step_back"),
         ({"mode": "lerp"}, "a or alpha is given; allowed: None and 1 but for the mode sum"),
     ],
 )

@@ -19,7 +19,10 @@ from torch_fuse.graph.norm import strip_casts
 from torch_fuse.graph.residual import Factors, Weighted, factors_of, match_residual
 from torch_fuse.graph.values import equal, same_shape, tensor
 
-Mode = Literal["sum", "lerp", "lerp_back"]
+Mode = Literal["sum", "lerp", "lerp_back", "step", "step_back"]
+
+# Products and casts between a difference and the sum that it is a step of.
+_MOST_BETWEEN = 4
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Skip:
         linear: the layer.
         x: the skip, of the result's shape.
         a: coefficient of x; 1 but for "sum".
-        b: coefficient of the layer's result; the weight of a lerp.
-        mode: "sum", "lerp" from x to the layer's result, or "lerp_back" from that to x.
+        b: coefficient of the layer's result; the weight of a lerp or step.
+        mode: "sum", "lerp" from x to the layer's result, "lerp_back" from that to x; "step" and "step_back" are lerps
+            written out, x + b * (layer - x).
         nodes: all nodes whose work is taken over, the layer among them.
     """
 
@@ -106,6 +110,10 @@ def match_skip(total: Node, projected: Collection[Node]) -> Skip | None:
         first, second = sides[0], sides[1]
         a, b, nodes = first.coefficient, second.coefficient, set(residual.nodes)
     node, scale, behind = _behind(total)
+    if mode == "sum" and (stepped := _step(total, first, second)) is not None:
+        total, b, mode, between = stepped
+        a, nodes = Coefficient(), nodes | between
+        node, scale, behind = _behind(total)
     if mode == "sum":
         a, b = a.times(scale), b.times(scale)
         if a.is_one and b.is_one:
@@ -193,6 +201,34 @@ def _from_projected(
         return None
     linear, views = found
     return linear, {*linear.nodes, *views}
+
+
+def _step(total: Node, first: _Side, second: _Side) -> tuple[Node, Coefficient, Mode, set[Node]] | None:
+    """The sum start + weight * (end - start) around a difference of the two sides, with its weight, mode and nodes."""
+    numbers = (first.coefficient.number, second.coefficient.number)
+    if first.coefficient.factors or second.coefficient.factors or numbers not in ((-1.0, 1.0), (1.0, -1.0)):
+        return None
+    node, residual = sole_user(total), None
+    for _ in range(_MOST_BETWEEN):
+        residual = None if node is None else match_residual(node)
+        if node is None or residual is not None:
+            break
+        node = sole_user(node)
+    if node is None or residual is None or len(residual.terms) != 2:
+        return None
+    for start, step in (residual.terms, residual.terms[::-1]):
+        factors = factors_of(step)
+        if start.factors or start.sign != 1 or factors is None or (total, False) not in factors.leaves:
+            continue
+        rest = tuple(leaf for leaf in factors.leaves if leaf != (total, False))
+        forward = start.tensor is first.node
+        if not (forward or start.tensor is second.node) or not all(broadcasts(leaf, node) for leaf, _ in rest):
+            continue
+        # the difference is end - start where the start's number is -1
+        sign = -numbers[0] if forward else -numbers[1]
+        weight = Coefficient(factors.number * sign, rest)
+        return node, weight, "step" if forward else "step_back", {*residual.nodes, *factors.nodes, node}
+    return None
 
 
 def _behind(total: Node) -> tuple[Node, Coefficient, set[Node]]:
