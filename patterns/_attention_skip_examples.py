@@ -105,7 +105,7 @@ def numbers(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
 
 
 def halved(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
-    return (x + m.proj(y)) / 2**0.5
+    return (x + m.proj(y)) / 2
 
 
 def difference(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
@@ -228,6 +228,21 @@ def skip_written_between(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
     return r + per_sample(t) * m.proj(y), x
 
 
+def wide_skip_written_between(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
+    """What is written is the skip's cast, where that is a copy."""
+    wide = (x.detach() * 1).float()
+    wide.mul_(2)
+    return (wide + per_sample(t) * m.proj(y)).to(x.dtype), wide
+
+
+def cast_before_the_skip_is_written(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
+    x = x.detach() * 1
+    wide = x.float()
+    h = wide.sum()
+    x.mul_(2)
+    return (wide + per_sample(t) * m.proj(y)).to(x.dtype), x, h
+
+
 def coefficient_written_between(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
     t = t.detach() * 1
     r = per_sample(t) * x.detach()
@@ -253,7 +268,8 @@ def integer_gate(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
 _NEAR_MISSES = (
     plain_sum, norm_follows, no_projection, projection_read_again, product_read_again, sum_read_unrounded, dropped,
     activated, broadcast_skip, gate_along_tokens, gate_by_projection, other_end_in_lerp, scaled_in_place,
-    skip_written_between, coefficient_written_between, result_written, skip_twice, integer_gate,
+    skip_written_between, wide_skip_written_between, cast_before_the_skip_is_written,
+    coefficient_written_between, result_written, skip_twice, integer_gate,
 )  # fmt: skip
 
 

@@ -24,12 +24,12 @@ PATTERN = "attention_skip"
 OPTIONS = Options(kernels="reference", on_error="raise", only=(PATTERN,))
 NOTES = {
     "rcm": ["(1 tensor) * x + (1 tensor) * projection [16, 16]"],
-    "trigflow_divided": ["(1 tensor) * x + (2 tensors * -1) * projection [16, 16]"],
+    "trigflow_divided": ["(1) * x + (1 tensor * -1) * projection [16, 16]"],
     "dit_gate": ["(1) * x + (1 tensor) * projection [16, 16]"],
     "full_gate": ["(1) * x + (1 tensor) * projection [16, 16]"],
     "addcmul_value": ["(0.5) * x + (1 tensor * -2) * projection [16, 16]"],
     "numbers": ["(0.7) * x + (0.3) * projection [16, 16]"],
-    "halved": ["(0.707107) * x + (0.707107) * projection [16, 16]"],
+    "halved": ["(0.5) * x + (0.5) * projection [16, 16]"],
     "difference": ["(1) * x + (1 tensor * -2) * projection [16, 16]", "(-1) * x + (-0.333333) * projection [16, 16]"],
     "nested_factors": ["(2 tensors * 0.5) * x + (2 tensors) * projection [16, 16]"],
     "lerp": ["lerp to the projection [16, 16]"],
@@ -82,6 +82,11 @@ def sites(model: nn.Module, inputs: Any, options: Options = OPTIONS, grad: bool 
 def test_a_spelling_is_recognised_as_what_it_is(name: str) -> None:
     found, _ = sites(*build(getattr(examples, name)))
     assert [site.reason for site in found if site.status == "fused"] == NOTES[name]
+
+
+def test_a_divisor_goes_into_the_coefficients_where_the_result_is_rounded_more_than_they_are() -> None:
+    found, _ = sites(*build(examples.trigflow_divided, torch.bfloat16))
+    assert [site.reason for site in found] == ["(1 tensor) * x + (2 tensors * -1) * projection [16, 16]"]
 
 
 @pytest.mark.parametrize("name", MISSED)

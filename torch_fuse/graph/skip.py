@@ -5,6 +5,7 @@ The coefficients are numbers and tensors that broadcast: of a sample, a token, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -232,8 +233,13 @@ def _step(total: Node, first: _Side, second: _Side) -> tuple[Node, Coefficient, 
 
 
 def _behind(total: Node) -> tuple[Node, Coefficient, set[Node]]:
-    """What follows a sum and can go into its coefficients: rounding casts, factors and divisors."""
+    """What follows a sum and can go into its coefficients: rounding casts, factors and divisors.
+
+    A factor on both summands is rounded more often than one on the sum: that does not show where the result is rounded
+    to 16 bits; in fp32 it does, and only powers of two are taken.
+    """
     node, scale, nodes = total, Coefficient(), {total}
+    exact = node, scale, nodes.copy()
     while (user := sole_user(node)) is not None:
         call = call_of(user)
         before, after = tensor(node), tensor(user)
@@ -247,7 +253,9 @@ def _behind(total: Node) -> tuple[Node, Coefficient, set[Node]]:
             break
         node = user
         nodes.add(node)
-    return node, scale, nodes
+        if after.dtype.itemsize < 4 or (not scale.factors and abs(math.frexp(scale.number)[0]) == 0.5):
+            exact = node, scale, nodes.copy()
+    return exact
 
 
 def _scale(call: Any, node: Node, result: Node) -> Coefficient | None:
