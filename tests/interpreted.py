@@ -16,7 +16,13 @@ from spelled import Block, Spelling, make_input
 from torch import Tensor
 
 from torch_fuse import Options
-from torch_fuse.patterns import _gated_residual_norm_examples, gated_residual_norm, masked_attention
+from torch_fuse.patterns import (
+    _attention_skip_examples,
+    _gated_residual_norm_examples,
+    attention_skip,
+    gated_residual_norm,
+    masked_attention,
+)
 
 AUTO = Options(kernels="auto", unmeasured=True, on_error="raise")
 
@@ -72,12 +78,18 @@ def main() -> None:
             torch.float32
         )
         results[name] = compare(model, inputs, options=AUTO, draws=2)
+    attention_skip.MIN_ROWS = 1
+    for name in ("rcm", "layer_scale", "conv1d", "lerp", "written_out_lerp_back"):
+        made = _attention_skip_examples.make(getattr(_attention_skip_examples, name), torch.float16)
+        results[name] = compare(*made, options=AUTO, draws=2)
+        assert {site.op for site in results[name].report.sites if site.status == "fused"} == {"torch_fuse::linear_skip"}
     results["padded"] = padded()
     assert results["padded"].fused("masked_attention") == 3, results["padded"].reasons
     told = {
         name: {
             "fused": max(
-                r.fused(pattern) for pattern in ("norm_qkv_rope_attention", "gated_residual_norm", "masked_attention")
+                r.fused(pattern)
+                for pattern in ("norm_qkv_rope_attention", "gated_residual_norm", "masked_attention", "attention_skip")
             ),
             "problems": r.problems,
             "report": r.reasons,
