@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,8 +70,11 @@ class AttentionSkip(Pattern):
             return "an operand is of a tensor subclass, which decides itself what a linear layer is"
         if options.kernels == "reference":
             return None
-        if any(static_int(size) is None for size in weight.shape):
-            return "the weight's shape is not static"
+        read = [tensor(node) for node in (skip.linear.input, skip.x)]
+        if any(static_int(size) is None for size in (*weight.shape, *weight.stride())) or any(
+            static_int(value.stride(-1)) is None for value in read if value is not None
+        ):
+            return "the weight's shape or a last stride is not static"
         reason = linear_skip.supports(_operands(skip), _spec(skip))
         if reason is not None:
             return f"the kernel cannot run: {reason}"
@@ -143,29 +146,23 @@ def _no_profit(skip: Skip) -> str | None:
     if not in_memory(skip.x) and all(user in skip.nodes for user in skip.x.users):
         return f"{skip.x.name} is computed elementwise: Inductor computes it in the kernel of the sum"
     for coefficient in (skip.a, skip.b):
-        whole = [factor for factor, _ in coefficient.factors if _size(factor) == _size(skip.node)]
-        if any(not in_memory(factor) for factor in whole):
-            return (
-                f"{whole[0].name} has a value for each element and is computed elementwise, by Inductor in one kernel"
-            )
-        if not whole and _broadcast(coefficient, x.dim()) == 3:
+        if _size(coefficient, x.shape) < math.prod(size_hint(size, 2) for size in x.shape):
+            continue
+        if len(coefficient.factors) > 1:
             return "the product of its coefficients has a value for each element"
+        factor = coefficient.factors[0][0]
+        if not in_memory(factor):
+            return f"{factor.name} has a value for each element and is computed elementwise, by Inductor in one kernel"
     if not read_from_memory(skip.node):
         return f"what reads {skip.node.name} is elementwise: Inductor computes it in the kernel of the sum"
     return None
 
 
-def _size(node: Node) -> int:
-    found = tensor(node)
-    assert found is not None
-    return math.prod(size_hint(size, 2) for size in found.shape)
-
-
-def _broadcast(coefficient: Coefficient, ndim: int) -> int:
-    """In how many of the result's dimensions a coefficient varies, one that is missing counted."""
-    shapes = [tensor(factor).shape for factor, _ in coefficient.factors]  # type: ignore[union-attr]
-    varies = {i for shape in shapes for i, size in enumerate(reversed(shape)) if not equal(size, 1)}
-    return len(varies) + 3 - ndim
+def _size(coefficient: Coefficient, shape: Sequence[Any]) -> int:
+    """Number of values of a coefficient that broadcasts to a shape."""
+    sizes = [tensor(factor).shape for factor, _ in coefficient.factors]  # type: ignore[union-attr]
+    varies = {i for given in sizes for i, size in enumerate(reversed(given)) if not equal(size, 1)}
+    return math.prod(size_hint(size, 2) for i, size in enumerate(reversed(shape)) if i in varies)
 
 
 def _describe(skip: Skip) -> str:

@@ -282,6 +282,32 @@ def test_where_inductor_would_fuse_more_it_is_kept_with_the_reason(spelling: Cal
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("name", ["rcm", "conv1d", "per_token", "nested_factors", "lerp"])
+def test_the_decision_for_a_kernel_installs_no_guard(name: str) -> None:
+    model, _ = build(getattr(examples, name), torch.bfloat16)
+    found: list[Any] = []
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        outcome = rewrite(gm, UNMEASURED, patterns())
+        found.append([site.status for site in outcome.report.sites if site.pattern == PATTERN])
+        return (outcome.original or gm).forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for batch, length in ((2, 200), (3, 140), (7, 90)):
+            compiled(torch.randn(batch, length, examples.C).bfloat16(), torch.rand(batch).bfloat16())
+    assert found == [["fused"]]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_gate_of_each_element_of_one_sample_is_one_too() -> None:
+    model, _ = build(gates_of_two_sizes, torch.bfloat16)
+    found, _ = sites(model, (torch.randn(1, 300, examples.C).bfloat16(), torch.rand(1).bfloat16()), UNMEASURED, False)
+    assert "the product of its coefficients" in next(site.reason for site in found if site.pattern == PATTERN)
+
+
+@pytest.mark.usefixtures("kernel")
 def test_few_rows_wide_products_and_fp32_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "254 rows: bound by the launch" in decision(examples.rcm, rows=254)[1]
     assert "in fp32 the product takes longer" in decision(examples.rcm, dtype=torch.float32)[1]
