@@ -217,6 +217,15 @@ def other_end_in_lerp(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
     return m.bare(x) + per_sample(t) * (m.proj(y) - x)
 
 
+def lerp_of_broadcast(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
+    return torch.lerp(x[:, :1], m.proj(y), 0.25)
+
+
+def rounded_below(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
+    """What the graph loses on purpose stays lost."""
+    return x + per_sample(t) * m.proj(y).bfloat16()
+
+
 def scaled_in_place(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
     return m.proj(y).mul_(per_sample(t)).add_(x)
 
@@ -267,8 +276,8 @@ def integer_gate(m: Block, x: Tensor, y: Tensor, t: Tensor) -> Any:
 
 _NEAR_MISSES = (
     plain_sum, norm_follows, no_projection, projection_read_again, product_read_again, sum_read_unrounded, dropped,
-    activated, broadcast_skip, gate_along_tokens, gate_by_projection, other_end_in_lerp, scaled_in_place,
-    skip_written_between, wide_skip_written_between, cast_before_the_skip_is_written,
+    activated, broadcast_skip, gate_along_tokens, gate_by_projection, other_end_in_lerp, lerp_of_broadcast,
+    rounded_below, scaled_in_place, skip_written_between, wide_skip_written_between, cast_before_the_skip_is_written,
     coefficient_written_between, result_written, skip_twice, integer_gate,
 )  # fmt: skip
 

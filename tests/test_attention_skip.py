@@ -48,6 +48,8 @@ MISSED = {
     "gate_along_tokens": "is no result of a linear layer",
     "gate_by_projection": "sigmoid reads h, a step of the combination",
     "scaled_in_place": None,
+    "lerp_of_broadcast": None,
+    "rounded_below": "bfloat16 rounds to torch.bfloat16",
     "skip_written_between": "mul_ writes in place to a value of the region",
     "coefficient_written_between": "add_ writes in place to a value of the region",
     "integer_gate": "a coefficient is neither a number nor a tensor that broadcasts",
@@ -95,6 +97,21 @@ def test_a_near_miss_stays_and_says_why(name: str) -> None:
     assert not calls and not [site for site in found if site.status == "fused"]
     if MISSED[name] is not None:
         assert any(MISSED[name] in site.reason for site in found), [site.reason for site in found]
+
+
+def test_a_projection_that_autocast_computes_in_another_type_stays_and_says_why() -> None:
+    model, inputs = build(examples.rcm)
+    found: list[Any] = []
+
+    def backend(gm: Any, example_inputs: Any) -> Any:
+        outcome = rewrite(gm, OPTIONS, patterns())
+        found.extend(site for site in outcome.report.sites if site.kind == "combine")
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.compile(model, backend=backend)(*inputs)
+    assert [site.status for site in found] == ["missed"] and "(autocast)" in found[0].reason, found
 
 
 def test_where_a_norm_follows_the_other_pattern_takes_the_sum() -> None:

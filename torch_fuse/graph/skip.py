@@ -296,8 +296,6 @@ def _check(skip: Skip, total: Node) -> None:
     result, x = tensor(skip.node), tensor(skip.x)
     product, y, weight = (tensor(n) for n in (skip.linear.node, skip.linear.input, skip.linear.weight))
     assert result is not None and x is not None and product is not None and y is not None and weight is not None
-    if not same_shape(x.shape, result.shape):
-        raise Miss(f"{skip.x.name} is broadcast: {list(x.shape)}, not {list(result.shape)}", skip.x, 1)
     if y.dim() < 2 or not equal(product.shape[-1], result.shape[-1]):
         raise Miss(f"the projection {list(product.shape)} is viewed as {list(result.shape)}", skip.linear.node, 1)
     bias = None if skip.linear.bias is None else tensor(skip.linear.bias)
