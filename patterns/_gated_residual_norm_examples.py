@@ -164,6 +164,15 @@ def written_in_place(m: Weights, x: Tensor, _: Tensor) -> Any:
     return m.left(m.layer(r)), r
 
 
+def wide_term_written_between(m: Weights, x: Tensor, _: Tensor) -> Any:
+    """What is written is the term's cast, where that is a copy."""
+    y = m.one(x)
+    wide = y.double() if y.dtype == torch.float32 else y.float()
+    wide.mul_(2)
+    r = x + wide.to(x.dtype)
+    return r, m.left(m.layer(r)), y, wide
+
+
 def term_written_between(m: Weights, x: Tensor, _: Tensor) -> Any:
     y = m.one(x)
     r = y + x
@@ -233,7 +242,7 @@ def lerped(m: Weights, x: Tensor, _: Tensor) -> Any:
 
 
 _NEAR_MISSES = (
-    other_eps, written_in_place, term_written_between, added_in_place, partial_sum_returned,
+    other_eps, written_in_place, wide_term_written_between, term_written_between, added_in_place, partial_sum_returned,
     broadcast_stream, norm_over_other_dim, two_dims, scale_without_one, scale_and_two, normalised_value_returned,
     step_returned, unrounded_sum, lerped,
 )  # fmt: skip

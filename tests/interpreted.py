@@ -17,7 +17,9 @@ from torch import Tensor
 
 from torch_fuse import Options
 from torch_fuse.patterns import (
+    _attention_skip_examples,
     _gated_residual_norm_examples,
+    attention_skip,
     gated_residual_norm,
     masked_attention,
     softcap_sinks_attention,
@@ -25,7 +27,9 @@ from torch_fuse.patterns import (
 
 AUTO = Options(kernels="auto", unmeasured=True, on_error="raise")
 
-PATTERNS = ("norm_qkv_rope_attention", "gated_residual_norm", "masked_attention", "softcap_sinks_attention")
+PATTERNS = (
+    "norm_qkv_rope_attention", "gated_residual_norm", "masked_attention", "softcap_sinks_attention", "attention_skip",
+)  # fmt: skip
 SPELLINGS = {
     "half": Spelling(),
     "partial_interleaved": Spelling(rotary_dim=4, interleaved=True),
@@ -108,6 +112,11 @@ def main() -> None:
             torch.float32
         )
         results[name] = compare(model, inputs, options=AUTO, draws=2)
+    attention_skip.MIN_ROWS = 1
+    for name in ("rcm", "layer_scale", "conv1d", "lerp", "written_out_lerp_back"):
+        made = _attention_skip_examples.make(getattr(_attention_skip_examples, name), torch.float16)
+        results[name] = compare(*made, options=AUTO, draws=2)
+        assert {site.op for site in results[name].report.sites if site.status == "fused"} == {"torch_fuse::linear_skip"}
     results["padded"] = padded()
     assert results["padded"].fused("masked_attention") == 3, results["padded"].reasons
     results["capped_and_sunk"] = capped_and_sunk()

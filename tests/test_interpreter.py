@@ -21,6 +21,6 @@ def test_the_kernels_agree_with_the_graphs_that_they_replace() -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     results = json.loads(line.removeprefix("RESULT "))
-    assert len(results) == 15
+    assert len(results) == 20
     assert not {name: found["report"] for name, found in results.items() if found["fused"] < 1}
     assert not {name: found["problems"] for name, found in results.items() if found["problems"]}

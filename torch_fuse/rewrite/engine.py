@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.effects import is_hoistable, transforms
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import describe_shape, location, tensor, value
@@ -254,7 +255,24 @@ def _insertion_point(view: GraphView, match: Match) -> int:
     if late:
         raise Miss(f"{view.order.nodes[at].name} reads a part of the match before {late[0].name} is computed", late[0])
     view.order.check_movable(match.region, match.inputs, at)
+    casts = _looked_through(match)
+    if casts:
+        view.order.check_movable(casts, [source for node in casts for source in node.all_input_nodes], at)
     return at
+
+
+def _looked_through(match: Match) -> set[Node]:
+    """Casts that the region reads and others read too: the replacement reads what they were made of, and later."""
+    found: set[Node] = set()
+    pending = [node for inside in match.region for node in inside.all_input_nodes]
+    while pending:
+        node = pending.pop()
+        call = call_of(node)
+        if call is None or call.op != "cast" or node in found or node in match.region or node in match.inputs:
+            continue
+        found.add(node)
+        pending += node.all_input_nodes
+    return found
 
 
 def _kept(pattern: Pattern, match: Match, refusal: str, run: _Run) -> str | None:

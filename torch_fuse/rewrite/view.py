@@ -15,6 +15,7 @@ from torch_fuse.graph.mask import Mask, match_mask
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.norm import match_norm, strip_casts
 from torch_fuse.graph.residual import match_residual
+from torch_fuse.graph.skip import reads_projected
 
 KINDS = ("attention", "norm_linear", "combine", "dequant")
 _VIEWS = {
@@ -113,23 +114,31 @@ class GraphView:
         return list(found)
 
     @cached_property
+    def projected(self) -> set[Node]:
+        """Results of attention, and what views, casts, dropouts and linear layers make of them."""
+        found = set(self.attentions)
+        for node in self.nodes:
+            call = call_of(node)
+            if call is None or node in found:
+                continue
+            sources, linear = node.all_input_nodes, match_linear(node)
+            if (linear is not None and linear.input in found) or (
+                call.op in _VIEWS and sources and sources[0] in found
+            ):
+                found.add(node)
+        return found
+
+    @cached_property
     def _combines(self) -> list[Node]:
         """Sums of an attention's (projected) result and something else."""
-        from_attention = set(self.attentions)
         found = []
         for node in self.nodes:
             call = call_of(node)
-            if call is None or node in self.attentions:
+            if call is None or node in self.projected or call.op not in ("add", "sub", "rsub", "addcmul", "lerp"):
                 continue
-            sources = node.all_input_nodes
-            if (call.op in _VIEWS and sources and sources[0] in from_attention) or (
-                call.op == "matmul" and match_linear(node) and sources[0] in from_attention
-            ):
-                from_attention.add(node)
-            elif call.op in ("add", "sub", "addcmul", "lerp"):
-                residual = match_residual(node)
-                if residual is not None and any(t.tensor in from_attention for t in residual.terms):
-                    found.append(node)
+            residual = match_residual(node)
+            if residual is not None and any(reads_projected(term, self.projected) for term in residual.terms):
+                found.append(node)
         return found
 
     @cached_property

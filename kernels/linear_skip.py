@@ -1,0 +1,218 @@
+"""A linear layer and its combination with a skip: one kernel, the combination in the product's epilogue.
+
+    linear = y @ weight^T + bias
+    out    = alpha * a * x + beta * b * linear        mode "sum"
+    out    = lerp(x, linear, beta * b)                mode "lerp":      from x to linear
+    out    = lerp(linear, x, beta * b)                mode "lerp_back": from linear to x
+    out    = x + beta * b * (linear - x)              modes "step" and, from linear to x, "step_back"
+
+The skip combination of consistency models (Song et al., arXiv:2303.01469: c_skip(t) * x + c_out(t) * F(x)) and gated
+residuals. The product is a tiled one of Triton's tutorials: fp32 sums, combined before the only rounding.
+
+- y [..., K]: as many rows as x, in their order, last stride 1. weight [N, K]: either stride 1. bias [N] or None.
+  y, weight and bias are of one dtype: fp32 (without TF32), bf16 or fp16; fp64 is left to the reference.
+- x: [B, S, N] or [S, N], last stride 1, other strides as they are, of any of these dtypes.
+- a, b: any that broadcast to x (one number a sample, a token, a channel, or all), any strides, or None for 1.
+- alpha, beta: numbers. Where a coefficient is 0 the product with 0 stays in: inf and NaN come through.
+- save_linear: also return the linear layer's result, in y's dtype, for the gradient of b; without it that gradient
+  computes the product once more.
+- Returns (out in out_dtype, contiguous in x's shape; linear in x's shape or empty).
+- Gradients of y, weight, bias, x, a, b: plain torch, whose products Inductor gives to the GEMM library.
+- Raises ValueError, naming the argument, its value and what is allowed.
+
+Example:
+    >>> y, weight, x, t = torch.ones(1, 2, 16), torch.ones(16, 16), torch.zeros(1, 2, 16), torch.tensor([[[0.5]]])
+    >>> out, _ = linear_skip(y, weight, None, x, None, t, 1.0, 1.0, "sum", False, torch.float32)
+    >>> float(out[0, 0, 0])
+    8.0
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._linear_skip_common import (
+    Operands,
+    Spec,
+    acc_dtype,
+    check,
+    coefficient,
+    combine,
+    no_kernel,
+    scaled,
+    slopes,
+    summed,
+)
+from ._linear_skip_tile import kernel
+from ._ops import define_op, on_device_of, triton, wrap_triton
+
+OPERANDS = len(Operands._fields)
+
+
+class Config(NamedTuple):
+    """A tile of rows, columns and the summed dimension, warps, stages, tiles in a group, x read before the product."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+    early: bool = False
+
+
+# From the largest tile on. Two tiles of 128 x 128 fit a Hopper SM: the epilogue of one runs beside the other's product.
+CONFIGS = (Config(128, 128, 64, 4, 3), Config(128, 64, 64, 4, 4), Config(64, 64, 64, 4, 4), Config(64, 32, 64, 4, 4),
+           Config(32, 32, 64, 2, 4))  # fmt: skip
+WIDE = Config(64, 64, 32, 4, 2)  # fp32 goes without tensor cores
+PROGRAMS = 120  # about as many as an H100 or H200 has SMs
+
+
+def config(rows: Any, columns: int, dtype: torch.dtype) -> Config:
+    """The largest tile that gives every SM one; benchmarks/bench_attention_skip.py --sweep tries others.
+
+    A symbolic number of rows takes the first: a comparison would be a guard.
+    """
+    if dtype == torch.float32:
+        return WIDE
+    if not isinstance(rows, int):
+        return CONFIGS[0]
+    for found in CONFIGS:
+        if -(-rows // found.block_m) * -(-columns // found.block_n) >= PROGRAMS:
+            return found
+    return CONFIGS[-1]
+
+
+def supports(t: Operands, spec: Spec) -> str | None:
+    """Why the Triton kernel cannot take these arguments (the op then runs its reference), or None."""
+    return no_kernel(t, spec)
+
+
+def reference(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
+              alpha: float, beta: float, mode: str, save_linear: bool,
+              out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op in plain torch, with its arguments: differentiable, compilable, float64 for float64 inputs."""
+    t = Operands(y, weight, bias, x, a, b)
+    dtype = acc_dtype(t)
+    linear = F.linear(y, weight, bias).reshape(x.shape)
+    out = combine(x.to(dtype), linear.to(dtype), coefficient(a, alpha, dtype), coefficient(b, beta, dtype), mode)
+    out = out.to(out_dtype).contiguous()
+    return out, linear.detach().clone() if save_linear else y.new_empty(0)
+
+
+def _kind(factor: Tensor | None) -> str:
+    """How a coefficient [B, S, N] is read; one number is read once a row."""
+    if factor is None or factor.shape[2] == 1:
+        return "row"
+    return "lane" if factor.shape[0] == 1 and factor.shape[1] == 1 else "full"
+
+
+def _rank3(x: Tensor) -> Tensor:
+    """A view with leading ones up to three dimensions."""
+    for _ in range(3 - x.dim()):
+        x = x.unsqueeze(0)
+    return x
+
+
+def _strides(factor: Tensor | None) -> tuple[int, int, int]:
+    """Element strides over batch, position and lane, 0 where it is broadcast."""
+    if factor is None:
+        return 0, 0, 0
+    b, s, n = (0 if size == 1 else stride for size, stride in zip(factor.shape, factor.stride(), strict=True))
+    return b, s, n
+
+
+def _results(t: Operands, spec: Spec) -> tuple[Tensor, Tensor]:
+    out = t.x.new_empty(t.x.shape, dtype=spec.out_dtype)
+    return out, t.y.new_empty(t.x.shape if spec.save_linear else 0)
+
+
+def _forward(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
+             alpha: float, beta: float, mode: str, save_linear: bool,
+             out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
+    t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype)
+    check(t, spec)
+    if supports(t, spec) is not None:
+        return reference(*t, *spec)
+    out, linear = _results(t, spec)
+    columns, inner = int(weight.shape[0]), int(weight.shape[1])
+    flat, whole = y.reshape(-1, inner), _rank3(x)
+    rows = whole.shape[0] * whole.shape[1]
+    if rows == 0:
+        return out, linear
+    how = config(rows, columns, y.dtype)
+    one, two = (None if c is None else _rank3(c) for c in (a, b))
+    vector = None if bias is None else bias.contiguous()
+    with on_device_of(x):
+        wrap_triton(kernel)[(triton.cdiv(rows, how.block_m) * triton.cdiv(columns, how.block_n),)](
+            flat, flat.stride(0), weight, weight.stride(0), weight.stride(1), vector, whole, *_strides(whole)[:2],
+            one, *_strides(one), two, *_strides(two), out, linear if save_linear else None, float(alpha), float(beta),
+            rows, whole.shape[1], N=columns, K=inner, A=_kind(one), B=_kind(two), MODE=mode, ONE_A=alpha == 1,
+            ONE_B=beta == 1, EARLY=how.early, BLOCK_M=how.block_m, BLOCK_N=how.block_n, BLOCK_K=how.block_k,
+            GROUP=how.group, num_warps=how.num_warps, num_stages=how.num_stages,
+        )  # fmt: skip
+    return out, linear
+
+
+linear_skip = define_op("torch_fuse::linear_skip", _forward)
+
+
+@linear_skip.register_fake
+def _fake(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
+          alpha: float, beta: float, mode: str, save_linear: bool,
+          out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
+    t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype)
+    check(t, spec)
+    return _results(t, spec)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    t, spec = Operands(*inputs[:OPERANDS]), Spec(*inputs[OPERANDS:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.spec, ctx.dtype, ctx.y_shape = spec, acc_dtype(t), t.y.shape
+    ctx.dtypes = [None if x is None else x.dtype for x in t]
+    _, into_weight, _, into_x, into_a, into_b = ctx.needs_input_grad[:OPERANDS]
+    # b's gradient is a sum of grad * linear. Saved, linear costs the forward a write and this pass a read, less than
+    # the product that it took, and unfused graphs save it, too.
+    ctx.recompute = into_b and not spec.save_linear
+    x = t.x if into_a or (into_b and spec.mode != "sum") else None
+    y = t.y if into_weight or ctx.recompute else None
+    bias = t.bias if ctx.recompute else None
+    a = t.a if into_x or into_a else None
+    ctx.save_for_backward(y, t.weight, bias, x, a, t.b, output[1] if into_b and spec.save_linear else None)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _linear: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * (OPERANDS + len(ctx.spec))
+    y, weight, bias, x, a, b, linear = ctx.saved_tensors
+    spec, (into_y, into_weight, into_bias, into_x, into_a, into_b) = ctx.spec, ctx.needs_input_grad[:OPERANDS]
+    wide = grad.to(ctx.dtype)
+    by_x, by_linear = slopes(coefficient(a, spec.alpha, ctx.dtype), coefficient(b, spec.beta, ctx.dtype), spec.mode)
+    found: list[Tensor | None] = [None] * OPERANDS
+    if into_y or into_weight or into_bias:
+        full = scaled(wide, by_linear)
+        flat = full.to(weight.dtype).reshape(-1, weight.shape[0])
+        found[0] = (flat @ weight).reshape(ctx.y_shape) if into_y else None
+        found[1] = flat.t() @ y.reshape(-1, weight.shape[1]) if into_weight else None
+        found[2] = summed(full, full.shape[-1:]) if into_bias else None
+    if into_x:
+        found[3] = scaled(wide, by_x)
+    if into_a:
+        found[4] = summed(wide * x, a.shape) * spec.alpha
+    if into_b:
+        if ctx.recompute:
+            linear = F.linear(y, weight, bias).reshape(grad.shape)
+        towards = linear.to(ctx.dtype)
+        if spec.mode != "sum":
+            towards = x - towards if spec.mode.endswith("back") else towards - x
+        found[5] = summed(wide * towards, b.shape) * spec.beta
+    return *(None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)), *[None] * len(
+        spec
+    )
+
+
+linear_skip.register_autograd(_backward, setup_context=_save_for_backward)
