@@ -217,9 +217,6 @@ def _fake(
     return output(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=_wide(q))
 
 
-masked_attention = define_opaque_op("torch_fuse::masked_attention", _forward, _fake)
-
-
 def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, key_keep: Tensor | None,
     key_range: Tensor | None, left: int | None, right: int | None, scale: float, softcap: float = 0.0,
@@ -290,4 +287,4 @@ def _backward(ctx: Any, grad: Tensor | None, _lse: Tensor | None) -> tuple[Any, 
     return *grads, *[None] * 6, d_sinks
 
 
-torch.library.register_autograd("torch_fuse::masked_attention", _backward, setup_context=_save_for_backward)
+masked_attention = define_opaque_op("torch_fuse::masked_attention", _forward, _fake, _backward, _save_for_backward)
