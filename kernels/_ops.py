@@ -113,6 +113,7 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
+        self._kernel = kernel  # kept, as its id is a part of `launch`'s keys
         compiled = kernel[(grid,)](*arguments, **constants)
         self._arguments = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
         self._slots: list[tuple[int, dict[str, Any] | None]] = []

@@ -12,7 +12,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.autograd import forward_ad
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false, statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "is_plain",
     "is_traceable_wrapper_subclass",
     "known_true",
+    "likely",
     "no_guards",
     "op_overload",
     "trace_artifact",
@@ -73,6 +74,14 @@ def known_true(condition: Any, shape_env: ShapeEnv | None) -> bool:
     if shape_env is None:
         return False
     return statically_known_true(shape_env.create_symboolnode(condition))
+
+
+def likely(condition: Any) -> bool:
+    """Whether a condition over sizes holds for those that were traced; not if nothing is known of them.
+
+    Call it in `no_guards` where sizes are symbols.
+    """
+    return condition if isinstance(condition, bool) else guard_or_false(condition)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,17 @@ import importlib
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from torch_fuse import Options
+from torch_fuse._compat import fake_mode_of, no_guards
 from torch_fuse.kernels import _ops
+from torch_fuse.report import Report
+from torch_fuse.rewrite.engine import rewrite
+from torch_fuse.rewrite.registry import patterns
 
+masked = importlib.import_module("torch_fuse.kernels.masked_attention")
 dense = importlib.import_module("torch_fuse.kernels.dense_attention")
 in_memory = importlib.import_module("torch_fuse.kernels.in_memory")
 
@@ -101,3 +108,43 @@ def test_the_hopper_kernel_compiles_with_this_triton() -> None:
         assert source.hash()
         compiled = _ops.triton.compile(source, target=target, options={"num_warps": 4})
         assert "wgmma" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("unbacked", [False, True])
+@pytest.mark.parametrize("dim", [48, 80, 128])
+def test_a_length_that_is_not_known_yet_is_no_error(dim: int, unbacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither whether it is long nor whether it is at least a tile; the call finds out. No guard is installed."""
+    monkeypatch.setattr(dense._hopper_flash, "MISSING", "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    linear = nn.Linear(32, 6 * dim, dtype=torch.bfloat16)
+    guards, report = [], Report()
+
+    def backend(gm: torch.fx.GraphModule, _: object):
+        mode = fake_mode_of(gm)
+        before = len(mode.shape_env.guards)
+        with monkeypatch.context() as patched:
+            patched.setattr(dense, "no_triton", lambda _: None)
+            outcome = rewrite(gm, Options(on_error="raise"), patterns())
+        guards.append(len(mode.shape_env.guards) - before)
+        report.graphs.append(outcome.report)
+        for node in gm.graph.nodes:
+            if node.target is F.scaled_dot_product_attention:
+                q, k, v = (arg.meta["example_value"] for arg in node.args)
+                with no_guards(mode), monkeypatch.context() as patched:
+                    patched.setattr(type(q), "is_cuda", True)
+                    assert (dense.hopper_config(q, k, v)[0] is not None) == (dim == 128)
+                    patched.setattr(masked, "no_triton", lambda _: None)
+                    assert masked.supports(q, k, v) is None
+        return outcome.gm.forward
+
+    def forward(x: Tensor) -> Tensor:
+        q, k, v = linear(x).view(x.shape[0], x.shape[1], 2, 3 * dim).transpose(1, 2).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    torch._dynamo.reset()
+    x = torch.randn(2, 600, 32, dtype=torch.bfloat16)
+    if unbacked:
+        torch._dynamo.decorators.mark_unbacked(x, 1)
+    with torch.no_grad():
+        torch.compile(forward, backend=backend, dynamic=None if unbacked else True)(x)
+    assert guards == [0] and not any(graph.error for graph in report.graphs), str(report)
