@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from torch_fuse._compat import likely
+
 from ._ops import INTERPRETED, launch, on_device_of, tl, triton
 
 # Head dims, each in one or two powers of two that a matrix instruction takes.
@@ -238,7 +240,7 @@ def cannot_read(**tensors: Tensor) -> str | None:
     for name, x in tensors.items():
         if x.stride(3) != 1:
             return f"{name}.stride(3) is {x.stride(3)}; allowed: 1"
-        if x.stride(2) >= 2**23:
+        if likely(x.stride(2) >= 2**23):
             return f"{name}.stride(2) is {x.stride(2)}; allowed: below 2**23"
     return None
 

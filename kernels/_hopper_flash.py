@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_fuse._compat import likely
+
 from ._hopper_flash_kernel import MISSING, gl, kernel
 
 __all__ = ["MISSING", "Config", "call", "cannot_read", "kernel"]
@@ -45,7 +47,10 @@ def cannot_read(**tensors: Tensor) -> str | None:
         if x.stride(3) != 1:
             return f"{name}.stride(3) is {x.stride(3)}; allowed: 1"
         for i in range(3):
-            if x.shape[i] != 1 and (x.stride(i) % 8 != 0 or not 0 < x.stride(i) < 2**38):
+            stride = x.stride(i)
+            if likely(x.shape[i] == 1):
+                continue
+            if likely(stride % 8 != 0) or likely(stride <= 0) or likely(stride >= 2**38):
                 return f"{name}.stride({i}) is {x.stride(i)}; allowed: multiples of 8"
     return None
 

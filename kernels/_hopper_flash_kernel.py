@@ -13,6 +13,8 @@ try:
         warpgroup_mma_wait,
     )
 
+    # Triton 3.6 calls it async_copy_global_to_shared; later versions keep that name only to refuse it.
+    async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
     MISSING = ""
 except ImportError as error:  # no Triton, or one before or after this language
     from ._ops import tl as gl
@@ -65,22 +67,22 @@ def _produce(q1, q2, k1, k2, v1, v2, q1_s, q2_s, k1_s, k2_s, v1_s, v2_s, q_full,
             row = (tile * GROUPS + i) * 64
             mbarrier.wait(q_empty.index(i), q_phase)
             mbarrier.expect(q_full.index(i), q_bytes)
-            tma.async_copy_global_to_shared(q1, [b, h, row, 0], q_full.index(i), q1_s.index(i))
+            async_load(q1, [b, h, row, 0], q_full.index(i), q1_s.index(i))
             if D2 > 0:
-                tma.async_copy_global_to_shared(q2, [b, h, row, 0], q_full.index(i), q2_s.index(i))
+                async_load(q2, [b, h, row, 0], q_full.index(i), q2_s.index(i))
         q_phase ^= 1
         for t in range(tiles):
             row = (tiles - 1 - t) * N
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), k_bytes)
-            tma.async_copy_global_to_shared(k1, [b, kv, row, 0], k_full.index(stage), k1_s.index(stage))
+            async_load(k1, [b, kv, row, 0], k_full.index(stage), k1_s.index(stage))
             if D2 > 0:
-                tma.async_copy_global_to_shared(k2, [b, kv, row, 0], k_full.index(stage), k2_s.index(stage))
+                async_load(k2, [b, kv, row, 0], k_full.index(stage), k2_s.index(stage))
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), k_bytes)
-            tma.async_copy_global_to_shared(v1, [b, kv, row, 0], v_full.index(stage), v1_s.index(stage))
+            async_load(v1, [b, kv, row, 0], v_full.index(stage), v1_s.index(stage))
             if D2 > 0:
-                tma.async_copy_global_to_shared(v2, [b, kv, row, 0], v_full.index(stage), v2_s.index(stage))
+                async_load(v2, [b, kv, row, 0], v_full.index(stage), v2_s.index(stage))
             stage, phase = _next(stage, phase, STAGES)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_fuse._compat import any_tangent, below_autograd, is_plain
+
 try:
     import triton
     import triton.language as tl
@@ -57,7 +59,10 @@ def define_op(name: str, fn: Callable[..., Any], mutates: tuple[str, ...] = ()) 
     return torch.library.custom_op(name, fn, mutates_args=mutates)
 
 
-def define_opaque_op(name: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define_opaque_op(
+    name: str, fn: Callable[..., Any], fake: Callable[..., Any], backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Any:  # fmt: skip
     """Registers `fn` as the functional op `name` that Inductor only calls; it does not see through it.
 
     Its launch keeps options that Inductor drops, such as `maxnreg`, and its kernel is not analysed at each launch while
@@ -65,22 +70,33 @@ def define_opaque_op(name: str, fn: Callable[..., Any], fake: Callable[..., Any]
 
     Args:
         name: "namespace::op".
-        fn: the op, annotated; raises NotImplementedError where a gradient would be needed, unless
-            `torch.library.register_autograd` gives it one.
+        fn: the op, annotated.
         fake: the results' shapes, strides and dtypes, from fake tensors.
+        backward: the gradient, as `torch.library.register_autograd` takes it; without one the op raises
+            NotImplementedError where a gradient would be needed: torch would give zeros, or none.
+        setup_context: likewise.
     """
-
-    def without_gradients(*args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            raise NotImplementedError(f"{name.rpartition(':')[2]} has no gradient")
-        return fn(*args)
-
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
     torch.library.define(name, torch.library.infer_schema(fn, mutates_args=()), tags=tags)
-    torch.library.impl(name, "CompositeExplicitAutograd")(without_gradients)
+    torch.library.impl(name, "CompositeExplicitAutograd")(fn)
     torch.library.register_fake(name)(fake)
-    namespace, _, op = name.partition("::")
-    return getattr(getattr(torch.ops, namespace), op).default
+    namespace, _, short = name.partition("::")
+    op = getattr(getattr(torch.ops, namespace), short).default
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context)
+        return op
+
+    def without_gradients(*args: Any) -> Any:
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            raise NotImplementedError(f"{short} has no gradient")
+        if any_tangent(tensors):
+            raise NotImplementedError(f"{short} has no forward-mode gradient")
+        with below_autograd():  # nothing between here and `fn` for plain tensors: torch need not look for it again
+            return fn(*args) if is_plain(tensors) else op(*args)
+
+    torch.library.impl(name, "Autograd")(without_gradients)
+    return op
 
 
 class Launch:
@@ -97,6 +113,7 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
+        self._kernel = kernel  # kept, as its id is a part of `launch`'s keys
         compiled = kernel[(grid,)](*arguments, **constants)
         self._arguments = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
         self._slots: list[tuple[int, dict[str, Any] | None]] = []

@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_fuse._compat import likely
+
 from . import _flash, _hopper_flash
 from ._flash import PARTS, Band, output
 from ._ops import Launch, define_opaque_op, no_triton, on_device_of
@@ -59,13 +61,19 @@ HEAD_DIMS = tuple(TRITON)
 
 def hopper_config(q: Tensor, k: Tensor, v: Tensor) -> tuple[_hopper_flash.Config | None, str]:
     """How Hopper's kernel runs for these tensors, or None and why it does not."""
-    config = HOPPER.get(int(q.shape[3]), (None, None))[q.shape[2] > LONG]
+    config = HOPPER.get(int(q.shape[3]), (None, None))[likely(q.shape[2] > LONG)]
     if config is None:
         return None, f"head_dim {q.shape[3]} is as fast without it"
     if not q.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(q.device) != (9, 0):
         return None, "the GPU is not Hopper (compute capability 9.0)"
     reason = _hopper_flash.MISSING or _hopper_flash.cannot_read(q=q, k=k, v=v)
     return (None, reason) if reason else (config, "")
+
+
+def hopper_config_now(q: Tensor, k: Tensor, v: Tensor) -> _hopper_flash.Config | None:
+    """How Hopper's kernel runs for these very tensors: it reads from multiples of 16 bytes on."""
+    config, _ = hopper_config(q, k, v)
+    return None if any(x.data_ptr() % 16 for x in (q, k, v)) else config
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> str | None:
@@ -79,7 +87,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> 
         return f"head_dim is {q.shape[3]}; allowed: {', '.join(map(str, HEAD_DIMS))}"
     if not 0 < scale < math.inf:
         return f"scale is {scale}; allowed: positive numbers"
-    if k.shape[2] < 64:
+    if likely(k.shape[2] < 64):
         return f"there are {k.shape[2]} keys; allowed: 64 and more"
     return _flash.cannot_read(q=q, k=k, v=v)
 
@@ -144,7 +152,7 @@ def _first(key: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, is_causal: boo
     if len(_launches) == 1024:
         _launches.clear()
     parts = PARTS[int(q.shape[3])]
-    config, _ = hopper_config(q, k, v)
+    config = hopper_config_now(q, k, v)
     with on_device_of(q):
         if config is not None:
             arguments = _hopper_flash.call(q, k, v, is_causal, scale, parts, config, out)

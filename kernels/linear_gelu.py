@@ -61,7 +61,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if supports(x, weight, bias) is not None:
         return reference(x, weight, bias)
     rows = x.flatten(0, -2)
-    return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True).view(*x.shape[:-1], -1)
+    return torch.ops.aten._addmm_activation(bias, rows, weight.t(), use_gelu=True).view(*x.shape[:-1], weight.shape[0])
 
 
 linear_gelu = define_op("torch_fuse::linear_gelu", _forward)

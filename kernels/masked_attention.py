@@ -41,6 +41,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_fuse._compat import likely
+
 from ._flash import Band, Config, attend, cannot_read, output
 from ._flash_backward import backward
 from ._ops import define_op, define_opaque_op, no_triton
@@ -77,7 +79,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, softcap: float
     if softcap > MAX_SOFTCAP:
         return f"softcap is {softcap}; allowed: up to {MAX_SOFTCAP:g}"
     block_n = CONFIGS[int(q.shape[3])][0].block_n
-    if k.shape[2] < block_n:
+    if likely(k.shape[2] < block_n):
         return f"there are {k.shape[2]} keys; allowed: {block_n} and more"
     return cannot_read(q=q, k=k, v=v)
 
@@ -217,9 +219,6 @@ def _fake(
     return output(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=_wide(q))
 
 
-masked_attention = define_opaque_op("torch_fuse::masked_attention", _forward, _fake)
-
-
 def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, key_keep: Tensor | None,
     key_range: Tensor | None, left: int | None, right: int | None, scale: float, softcap: float = 0.0,
@@ -230,6 +229,7 @@ def _gradients(
         return _reference_gradients(grad, q, k, v, mask, scale, softcap, sinks)
     if grad.stride(3) != 1 or grad.stride(2) >= 2**23:
         grad = grad.contiguous()
+    lse, delta = lse.contiguous(), delta.contiguous()
     _, key_config, query_config = CONFIGS[int(q.shape[3])]
     ranges = _ranges(key_keep, key_range)
     grads = backward(grad, q, k, v, lse, delta, *ranges, Band(left, right), scale, key_config, query_config, softcap)
@@ -290,4 +290,4 @@ def _backward(ctx: Any, grad: Tensor | None, _lse: Tensor | None) -> tuple[Any, 
     return *grads, *[None] * 6, d_sinks
 
 
-torch.library.register_autograd("torch_fuse::masked_attention", _backward, setup_context=_save_for_backward)
+masked_attention = define_opaque_op("torch_fuse::masked_attention", _forward, _fake, _backward, _save_for_backward)

@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.autograd import forward_ad
 from torch.fx import GraphModule
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, guard_or_false, statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "FakeTensorMode",
     "ShapeEnv",
+    "any_tangent",
+    "below_autograd",
     "cache_tag",
     "compile_with_inductor",
     "fake_mode_of",
+    "is_plain",
     "is_traceable_wrapper_subclass",
     "known_true",
+    "likely",
     "no_guards",
     "op_overload",
     "trace_artifact",
     "unset_fake_temporarily",
 ]
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd  # a context: ops are dispatched as if autograd was done with them
+
+
+def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no mode, function transform or subclass has a say in what an op on these tensors does."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
+
+
+def any_tangent(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a forward-mode derivative is asked for."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
 
 def fake_mode_of(gm: GraphModule) -> FakeTensorMode | None:
@@ -52,6 +74,14 @@ def known_true(condition: Any, shape_env: ShapeEnv | None) -> bool:
     if shape_env is None:
         return False
     return statically_known_true(shape_env.create_symboolnode(condition))
+
+
+def likely(condition: Any) -> bool:
+    """Whether a condition over sizes holds for those that were traced; not if nothing is known of them.
+
+    Call it in `no_guards` where sizes are symbols.
+    """
+    return condition if isinstance(condition, bool) else guard_or_false(condition)
 
 
 @contextlib.contextmanager

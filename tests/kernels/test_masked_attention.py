@@ -125,6 +125,18 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 KEEPS = ["none", "all", "right", "left", "holes", "one_row_for_all", "nothing"]
 
 
+def test_the_backward_op_reads_sums_in_any_strides() -> None:
+    """Its kernels read them as [B, H, S] in memory; where they come from is not theirs to know."""
+    q, k, v = (x.detach() for x in inputs(length=70, dim=32))
+    out, lse = op(q, k, v, None, None, None, 0, 0.2)
+    delta = out.float().square().sum(-1)
+    sums = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (lse, delta)]
+    assert sums[0].stride() != lse.stride()
+    wanted = module.masked_attention_backward(out, q, k, v, lse, delta, None, None, None, 0, 0.2)
+    found = module.masked_attention_backward(out, q, k, v, *sums, None, None, None, 0, 0.2)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize(("left", "right"), [(None, None), (None, 0), (20, 0), (9, 9)])

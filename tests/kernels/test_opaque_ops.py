@@ -1,0 +1,150 @@
+"""What every opaque op does with gradients, transforms and modes, and when a launch is made again."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_fuse import Options
+from torch_fuse._compat import fake_mode_of, no_guards
+from torch_fuse.kernels import _ops
+from torch_fuse.report import Report
+from torch_fuse.rewrite.engine import rewrite
+from torch_fuse.rewrite.registry import patterns
+
+masked = importlib.import_module("torch_fuse.kernels.masked_attention")
+dense = importlib.import_module("torch_fuse.kernels.dense_attention")
+in_memory = importlib.import_module("torch_fuse.kernels.in_memory")
+
+
+def tensors() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(1, 2, 9, 80) for _ in range(3)]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return dense.dense_attention(q, k, v, True, 0.1)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_gradient_through_a_compiled_call_is_refused_not_lost(backend: str) -> None:
+    q, k, v = tensors()
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="dense_attention has no gradient"):
+        torch.compile(attend, backend=backend)(q.requires_grad_(), k, v).sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(attend, backend=backend)(q, k, v), attend(q, k, v))
+
+
+def test_function_transforms_do_not_get_a_gradient_of_zero() -> None:
+    q, k, v = tensors()
+    with pytest.raises(NotImplementedError, match="dense_attention has no gradient"):
+        torch.func.grad(lambda x: attend(x, k, v).sum())(q)
+    with pytest.raises(NotImplementedError, match="dense_attention has no forward-mode gradient"):
+        torch.func.jvp(lambda x: attend(x, k, v), (q,), (torch.ones_like(q),))
+    with pytest.raises(NotImplementedError, match="in_memory has no forward-mode gradient"):
+        torch.func.jvp(in_memory.in_memory, (q,), (torch.ones_like(q),))
+    many = torch.stack([q, 2 * q])
+    torch.testing.assert_close(
+        torch.vmap(lambda x: attend(x, k, v))(many), torch.stack([attend(x, k, v) for x in many])
+    )
+
+
+def test_all_kinds_of_tensors_take_the_same_way() -> None:
+    q, k, v = tensors()
+    wanted = attend(q, k, v)
+    with torch.inference_mode():
+        assert torch.equal(attend(*(x.clone() for x in (q, k, v))), wanted)
+    with torch.no_grad():
+        assert torch.equal(attend(torch.nn.Parameter(q), k, v), wanted)
+    assert attend(*(x.to("meta") for x in (q, k, v))).shape == wanted.shape
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert attend(*(mode.from_tensor(x) for x in (q, k, v))).stride() == wanted.stride()
+
+
+def test_the_memory_engine_is_not_asked_to_read_from_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its descriptors begin at multiples of 16 bytes; which a tensor's first element does, only the call knows."""
+    monkeypatch.setattr(dense, "hopper_config", lambda *_: (dense._TWO_A_SM, ""))
+    for offset, found in ((0, True), (8, True), (1, False), (4, False)):
+        x = torch.empty(offset + 2 * 64 * 80, dtype=torch.float16)[offset:].view(1, 2, 64, 80)
+        aligned = torch.empty(1, 2, 64, 80, dtype=torch.float16)
+        for arguments in ((x, aligned, aligned), (aligned, x, aligned), (aligned, aligned, x)):
+            assert (dense.hopper_config_now(*arguments) is not None) == found
+
+
+@pytest.mark.skipif(not _ops.HAS_TRITON, reason="needs Triton")
+def test_the_hopper_kernel_compiles_with_this_triton() -> None:
+    """Without a GPU; a name that Gluon no longer has would otherwise be noticed at the first call on one."""
+    kernel = importlib.import_module("torch_fuse.kernels._hopper_flash_kernel")
+    if kernel.MISSING or _ops.INTERPRETED:
+        pytest.skip(kernel.MISSING or "interpreted")
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    module = importlib.import_module("torch_fuse.kernels._hopper_flash")
+    config, gl = dense.HOPPER[128][0], module.gl
+
+    def descriptor(rows: int, lanes: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, lanes], gl.bfloat16)
+        return f"tensordesc<bf16[1, 1, {rows}, {lanes}],{layout!r}>"
+
+    for d1, d2 in ((64, 16), (128, 0)):
+        known = {
+            "H": 4, "HEADS_OF_KEY": 2, "CAUSAL": True, "D1": d1, "D2": d2, "GROUPS": config.groups,
+            "N": config.block_n, "STAGES": config.stages, "REGISTERS": config.registers,
+        }  # fmt: skip
+        if not d2:
+            known |= {"q2": None, "k2": None, "v2": None}
+        kinds = {"out": "*bf16", "log2_scale": "fp32"}
+        for name, rows in (("q", 64), ("k", config.block_n), ("v", config.block_n)):
+            kinds |= {f"{name}1": descriptor(rows, d1), f"{name}2": descriptor(rows, d2 or d1)}
+        names = module.kernel.arg_names
+        signature = {name: "constexpr" if name in known else kinds.get(name, "i32") for name in names}
+        constants = {(names.index(name),): value for name, value in known.items()}
+        source = GluonASTSource(fn=module.kernel, signature=signature, constexprs=constants)
+        target = GPUTarget("cuda", 90, 32)
+        assert source.hash()
+        compiled = _ops.triton.compile(source, target=target, options={"num_warps": 4})
+        assert "wgmma" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("unbacked", [False, True])
+@pytest.mark.parametrize("dim", [48, 80, 128])
+def test_a_length_that_is_not_known_yet_is_no_error(dim: int, unbacked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither whether it is long nor whether it is at least a tile; the call finds out. No guard is installed."""
+    monkeypatch.setattr(dense._hopper_flash, "MISSING", "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    linear = nn.Linear(32, 6 * dim, dtype=torch.bfloat16)
+    guards, report = [], Report()
+
+    def backend(gm: torch.fx.GraphModule, _: object):
+        mode = fake_mode_of(gm)
+        before = len(mode.shape_env.guards)
+        with monkeypatch.context() as patched:
+            patched.setattr(dense, "no_triton", lambda _: None)
+            outcome = rewrite(gm, Options(on_error="raise"), patterns())
+        guards.append(len(mode.shape_env.guards) - before)
+        report.graphs.append(outcome.report)
+        for node in gm.graph.nodes:
+            if node.target is F.scaled_dot_product_attention:
+                q, k, v = (arg.meta["example_value"] for arg in node.args)
+                with no_guards(mode), monkeypatch.context() as patched:
+                    patched.setattr(type(q), "is_cuda", True)
+                    assert (dense.hopper_config(q, k, v)[0] is not None) == (dim == 128)
+                    patched.setattr(masked, "no_triton", lambda _: None)
+                    assert masked.supports(q, k, v) is None
+        return outcome.gm.forward
+
+    def forward(x: Tensor) -> Tensor:
+        q, k, v = linear(x).view(x.shape[0], x.shape[1], 2, 3 * dim).transpose(1, 2).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    torch._dynamo.reset()
+    x = torch.randn(2, 600, 32, dtype=torch.bfloat16)
+    if unbacked:
+        torch._dynamo.decorators.mark_unbacked(x, 1)
+    with torch.no_grad():
+        torch.compile(forward, backend=backend, dynamic=None if unbacked else True)(x)
+    assert guards == [0] and not any(graph.error for graph in report.graphs), str(report)
