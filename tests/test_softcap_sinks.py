@@ -87,6 +87,20 @@ def test_every_near_miss_has_a_reason() -> None:
     assert set(NEAR_MISSES) == set(REASONS)
 
 
+@pytest.mark.parametrize("cut", [lambda w: w.split([5, 4], -1)[0], lambda w: w.chunk(2, 1)[1], lambda w: w.max(-1)])
+def test_weights_that_are_cut_into_several_are_no_attention(cut: Any) -> None:
+    """What is taken out of the list is no view of one tensor."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        part = cut((q @ k.transpose(-1, -2)).softmax(-1))
+        part = part[0].unsqueeze(-1) if isinstance(part, tuple) and not isinstance(part, Tensor) else part
+        return (part @ v[:, : part.shape[1], : part.shape[-1]]).transpose(1, 2).contiguous()
+
+    inputs = tuple(torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3))
+    result = compare(model, inputs)
+    assert result.problems == [] and result.fused(PATTERN) == result.fused("written_out_attention") == 0
+
+
 @pytest.mark.parametrize(
     ("name", "left", "right", "scale", "softcap", "sinks"),
     [
