@@ -101,6 +101,18 @@ def test_weights_that_are_cut_into_several_are_no_attention(cut: Any) -> None:
     assert result.problems == [] and result.fused(PATTERN) == result.fused("written_out_attention") == 0
 
 
+def test_the_report_tells_what_a_filling_mask_keeps() -> None:
+    """One key of nine, not eight."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.tanh(q @ k.transpose(-1, -2))
+        first = torch.ones(1, 9).tril().bool()
+        return (scores.masked_fill(~first, -1e9).softmax(-1) @ v).transpose(1, 2).contiguous()
+
+    inputs = (torch.randn(2, 4, 1, 8), *(torch.randn(2, 4, 9, 8) for _ in range(2)))
+    assert "keeps 11% of the pairs" in site(compare(model, inputs)).reason
+
+
 @pytest.mark.parametrize(
     ("name", "left", "right", "scale", "softcap", "sinks"),
     [
