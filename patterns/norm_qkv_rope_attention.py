@@ -161,9 +161,9 @@ def check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
         raise Kept(
             f"only the {'key' if q is None else 'query'} is rotated; the kernel rotates both at once", query.result
         )
-    same = (q.head_dim, q.rotary_dim, q.interleaved, q.cos_lanes, q.sin_lanes, q.sin_sign, q.matrices) == (
-        k.head_dim, k.rotary_dim, k.interleaved, k.cos_lanes, k.sin_lanes, k.sin_sign, k.matrices,
-    )  # fmt: skip
+    compared = ("head_dim", "rotary_dim", "interleaved", "cos_lanes", "sin_lanes", "cos_rank", "sin_rank", "sin_sign",
+                "matrices")  # fmt: skip
+    same = all(getattr(q, name) == getattr(k, name) for name in compared)
     if not (same and view.order.same_value(q.cos, k.cos) and view.order.same_value(q.sin, k.sin)):
         raise Miss("query and key are rotated differently", query.result)
     a, b = query.sizes(), key.sizes()
@@ -177,7 +177,8 @@ def check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
         raise Miss("query and key are projected to different dtypes", key.result)
     if tensor(query.source).dtype != torch.float64 and (_in_float64(query) or _in_float64(key)):  # type: ignore[union-attr]
         raise Kept("it is computed in float64 from lower precision, which no kernel does", query.result)
-    check_table_axes(query)
+    for heads in (query, key):  # one table may be read along other axes: by position, and by head
+        check_table_axes(heads)
 
 
 def _in_float64(heads: Heads) -> bool:

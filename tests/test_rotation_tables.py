@@ -180,3 +180,28 @@ def test_all_layers_share_one_table_in_memory(grad: bool, monkeypatch: pytest.Mo
     targets = [node.target for node in graph.graph.nodes]
     assert rewriter.report.counts()[PATTERN] == {"fused": 3}
     assert targets.count(torch.ops.torch_fuse.in_memory.default) == 2
+
+
+@pytest.mark.parametrize("key_first", [False, True])
+def test_a_table_read_by_position_and_by_head_is_two_rotations(key_first: bool) -> None:
+    """As many heads as positions: one table is broadcast over either, before and after the transpose."""
+    n = S
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(32, 3 * n * R)
+
+        def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            q, k, v = (part.view(B, S, n, R) for part in self.qkv(x).chunk(3, -1))
+            by_head, by_position = (q, k) if key_first else (k, q)
+            by_head = rotate(by_head, cos, sin).transpose(1, 2)
+            by_position = rotate(by_position.transpose(1, 2), cos, sin)
+            q, k = (by_head, by_position) if key_first else (by_position, by_head)
+            return attend(q, k, v.transpose(1, 2))
+
+    torch.manual_seed(0)
+    angles = torch.outer(torch.arange(float(S)), 0.5 ** torch.arange(R // 2)).repeat(1, 2)
+    result = compare(Block(), (torch.randn(B, S, 32), angles.cos(), angles.sin()), draws=1)
+    assert not result.problems and result.fused(PATTERN) == 0, result.reasons
+    assert "differ from head to head" in result.reasons

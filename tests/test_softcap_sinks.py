@@ -87,6 +87,32 @@ def test_every_near_miss_has_a_reason() -> None:
     assert set(NEAR_MISSES) == set(REASONS)
 
 
+@pytest.mark.parametrize("cut", [lambda w: w.split([5, 4], -1)[0], lambda w: w.chunk(2, 1)[1], lambda w: w.max(-1)])
+def test_weights_that_are_cut_into_several_are_no_attention(cut: Any) -> None:
+    """What is taken out of the list is no view of one tensor."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        part = cut((q @ k.transpose(-1, -2)).softmax(-1))
+        part = part[0].unsqueeze(-1) if isinstance(part, tuple) and not isinstance(part, Tensor) else part
+        return (part @ v[:, : part.shape[1], : part.shape[-1]]).transpose(1, 2).contiguous()
+
+    inputs = tuple(torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3))
+    result = compare(model, inputs)
+    assert result.problems == [] and result.fused(PATTERN) == result.fused("written_out_attention") == 0
+
+
+def test_the_report_tells_what_a_filling_mask_keeps() -> None:
+    """One key of nine, not eight."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.tanh(q @ k.transpose(-1, -2))
+        first = torch.ones(1, 9).tril().bool()
+        return (scores.masked_fill(~first, -1e9).softmax(-1) @ v).transpose(1, 2).contiguous()
+
+    inputs = (torch.randn(2, 4, 1, 8), *(torch.randn(2, 4, 9, 8) for _ in range(2)))
+    assert "keeps 11% of the pairs" in site(compare(model, inputs)).reason
+
+
 @pytest.mark.parametrize(
     ("name", "left", "right", "scale", "softcap", "sinks"),
     [

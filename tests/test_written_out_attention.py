@@ -319,6 +319,16 @@ def test_inductor_compiles_it_forward_and_backward() -> None:
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_mask_that_is_turned_round_with_the_scores_stays() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).tril() == 0, float("-inf"))
+        return ((q @ k.mT + mask) * -0.3).softmax(-1) @ v
+
+    rewriter = Rewriter()
+    rewritten(model, rewriter)(*qkv(torch.float32, 1, 2, 5, 8, grad=False))
+    assert site(rewriter).reason == "the mask is scaled by -0.3 after it is added"
+
+
 def test_without_the_pattern_the_report_says_so() -> None:
     rewriter = Rewriter(Options(kernels="reference", disable=(PATTERN,)))
     rewritten(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, rewriter)(*qkv())

@@ -87,7 +87,8 @@ def match_mask(
         folded = fold_constant(node, order, before)
         if folded is None:
             raise
-        meaning = _evaluate(~folded if inverted else folded)
+        folded = ~folded if inverted else folded
+        meaning = _evaluate(folded)
         if meaning is None:
             raise _constant_miss(folded, symbolic) from None
         return meaning

@@ -118,8 +118,10 @@ def _check_factors(term: Term) -> None:
     """Raises Miss unless a mask is still one after its sum with the scores is scaled, and does not overflow."""
     scale = 1.0
     for factor in term.factors:
-        if not isinstance(factor.number, (int, float)) or factor.number <= 0:
+        if not isinstance(factor.number, (int, float)):
             raise Miss("the mask is scaled by a tensor after it is added", term.node)
+        if factor.number <= 0:
+            raise Miss(f"the mask is scaled by {factor.number} after it is added", term.node)
         scale = scale / factor.number if factor.divides else scale * factor.number
     if not SMALLEST_FACTOR <= scale <= 1:
         raise Miss(f"the mask is scaled by {scale} after it is added", term.node)

@@ -131,7 +131,7 @@ def weights_of(node: Any, walk: Walk) -> tuple[Walk, Product] | None:
             walk = walk.over(node, dropout_p=call["p"] if drops else walk.dropout_p)
         elif call.op in ("getitem", "narrow") and drops_last_column(node, call) and not walk.drops_sinks:
             walk = walk.over(node, drops_sinks=True)
-        elif call.op == "getitem" and found.dim() == tensor(source).dim():  # type: ignore[union-attr]
+        elif call.op == "getitem" and (whole := tensor(source)) is not None and found.dim() == whole.dim():
             walk = walk.over(node, refusal=walk.refuse("a part of the attention weights is taken"))
         elif _is_view(call, node):
             walk = walk.over(node, heads=_split(node, walk.heads))
