@@ -22,7 +22,6 @@ from torch_fuse.patterns import (
     attention_skip,
     gated_residual_norm,
     masked_attention,
-    softcap_sinks_attention,
 )
 
 AUTO = Options(kernels="auto", unmeasured=True, on_error="raise")
@@ -93,7 +92,6 @@ def two_written_out(x: Tensor, y: Tensor, sinks: Tensor, padding: Tensor) -> lis
 
 def capped_and_sunk() -> Comparison:
     """Both features of the kernels, through the pattern."""
-    softcap_sinks_attention.MIN_QUERIES_WITH_GRADIENTS["cuda"] = softcap_sinks_attention.MIN_QUERIES["cuda"] = 1
     x, y = (torch.randn(2, 70, n, dtype=torch.float16, requires_grad=True) for n in (64, 32))
     padding = torch.ones(2, 70, dtype=torch.int64)
     padding[0, 60:], padding[1, :5] = 0, 0

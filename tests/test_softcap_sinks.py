@@ -229,12 +229,15 @@ def test_few_queries_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     able = SimpleNamespace(**{**vars(masked_attention), "supports": lambda *args: None})
     monkeypatch.setattr(softcap_sinks_attention, "masked_attention", able)
     model, inputs = SPELLINGS["gemma2"].make(torch.float32)
-    for least, status in ((256, "kept"), (9, "fused")):
-        monkeypatch.setitem(softcap_sinks_attention.MIN_QUERIES_WITH_GRADIENTS, "cuda", least)
-        rewriter = Rewriter(Options(on_error="raise"))
-        rewritten(model, rewriter)(*inputs)
-        assert site(rewriter).status == status
-        assert (site(rewriter).reason == "9 queries: the scores are few; it pays from 256 on") == (status == "kept")
+    few, training = "9 queries: the scores are few; it pays from 256 on", "with gradients it is not measured to win yet"
+    cases = ((256, False, False, few), (9, True, False, training), (256, True, True, None), (9, False, False, None))
+    for least, grad, unmeasured, kept in cases:
+        monkeypatch.setattr(softcap_sinks_attention, "MIN_QUERIES", least)
+        rewriter = Rewriter(Options(on_error="raise", unmeasured=unmeasured))
+        with torch.set_grad_enabled(grad):
+            rewritten(model, rewriter)(*inputs)
+        found = site(rewriter)
+        assert (found.status, found.reason if kept else None) == ("kept" if kept else "fused", kept)
     taken = [n for n in rewriter.graphs[0].graph.nodes if n.target is operator.getitem]
     assert "torch_fuse.masked_attention" in {str(n.args[0].target).removesuffix(".default") for n in taken}
 
