@@ -165,6 +165,20 @@ def test_a_failing_pattern_leaves_the_graph_as_it_was_and_warns_once(inductor_is
         torch.compile(causal, backend="fuse")(*inputs)
 
 
+@pytest.mark.parametrize("where", ["match", "check"])
+def test_a_pattern_that_fails_before_it_rewrites_costs_its_own_site_only(inductor_is_eager, broken_pattern, where):
+    def fail(*_):
+        raise RuntimeError(f"{where} fails")
+
+    setattr(registry._patterns["zz_broken"], where, fail)
+    inputs = qkv()
+    with pytest.warns(UserWarning, match=f"{where} fails"):
+        torch.testing.assert_close(torch.compile(causal, backend="fuse")(*inputs), causal(*inputs))
+    report = torch_fuse.reports()
+    assert report.counts() == {"causal_mask": {"fused": 1}, "zz_broken": {"missed": 1}}, str(report)
+    assert f"RuntimeError: {where} fails" in report.to_dict()["errors"][0]
+
+
 def test_a_failing_pattern_raises_when_asked_to(inductor_is_eager, broken_pattern):
     with pytest.raises(Exception, match="half-way"):
         torch.compile(causal, backend="fuse", options={"on_error": "raise"})(*qkv())

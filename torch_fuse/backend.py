@@ -82,7 +82,10 @@ def fuse(
 
 def _rewritten(gm: GraphModule, options: Options) -> Outcome:
     try:
-        return rewrite(gm, options, patterns())
+        outcome = rewrite(gm, options, patterns())
+        if outcome.report.error:
+            _warn_once(f"torch_fuse left a part of a graph as it was: {outcome.report.error}")
+        return outcome
     except Exception as error:
         if options.on_error == "raise":
             raise

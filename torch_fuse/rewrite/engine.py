@@ -188,6 +188,18 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, look:
             if kept is not None:
                 _record(run, pattern, anchor, "kept", kept)
                 continue
+        except Miss as miss:
+            _record(run, pattern, anchor, miss.status, miss.reason)
+            continue
+        except Exception as error:  # before anything was rewritten: it costs this site, not the graph's others
+            if run.options.on_error == "raise":
+                raise
+            reason = f"{pattern.name} failed: {type(error).__name__}: {error}"
+            _record(run, pattern, anchor, "missed", reason)
+            run.report.error = run.report.error or reason
+            _log.debug("%s", reason, exc_info=True)
+            continue
+        try:
             stale |= _replace(module, view, pattern, match, at, run)
         except Miss as miss:
             _record(run, pattern, anchor, miss.status, miss.reason)
