@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.linear import Linear, from_linear
-from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.modulate import broadcasts, only_cast, sole_user
 from torch_fuse.graph.norm import strip_casts
 from torch_fuse.graph.residual import Factors, Weighted, factors_of, match_residual
@@ -123,7 +123,8 @@ def match_skip(total: Node, projected: Collection[Node]) -> Skip | None:
         value = next((side.node for side in (first, second) if side.node in projected), None)
         if value is None:
             return None
-        raise Miss(f"{value.name} is no result of a linear layer that nothing else reads", value)
+        reason = f"{value.name} is no result of a linear layer that nothing else reads"
+        raise Kept(f"{reason}: Inductor fuses the sum into one kernel", value)
     if mode != "sum" and not scale.is_one:
         raise Miss("the interpolation is scaled", total, 1)
     if shape.dim() not in (2, 3):
