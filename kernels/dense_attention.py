@@ -23,7 +23,6 @@ Example:
     (480, 48, 96, 1)
 """
 
-import math
 from typing import Any
 
 import torch
@@ -33,10 +32,9 @@ from torch import Tensor
 from torch_fuse._compat import likely
 
 from . import _flash, _hopper_flash
+from ._attention_arguments import check_heads, refusal, require
 from ._flash import PARTS, Band, output
-from ._ops import Launch, define_opaque_op, no_triton, on_device_of
-
-DTYPES = (torch.bfloat16, torch.float16)
+from ._ops import Launch, define_opaque_op, on_device_of
 
 # Two to four programs an SM by registers and shared memory, so that one's products hide another's softmax. The best of
 # benchmarks/results/uneven_head_attention.jsonl, for up to LONG queries and for more.
@@ -78,18 +76,7 @@ def hopper_config_now(q: Tensor, k: Tensor, v: Tensor) -> _hopper_flash.Config |
 
 def supports(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> str | None:
     """Why the Triton kernel cannot take these arguments (the op then runs its reference), or None."""
-    reason = no_triton(q)
-    if reason is not None:
-        return reason
-    if q.dtype not in DTYPES:
-        return f"dtype is {q.dtype}; allowed: bfloat16, float16"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"head_dim is {q.shape[3]}; allowed: {', '.join(map(str, HEAD_DIMS))}"
-    if not 0 < scale < math.inf:
-        return f"scale is {scale}; allowed: positive numbers"
-    if likely(k.shape[2] < 64):
-        return f"there are {k.shape[2]} keys; allowed: 64 and more"
-    return _flash.cannot_read(q=q, k=k, v=v)
+    return refusal(q, k, v, scale, HEAD_DIMS, 64)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
@@ -99,23 +86,10 @@ def reference(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) ->
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _require(ok: bool, argument: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"dense_attention: {argument} is {value}; allowed: {allowed}")
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _require(x.dim() == 4, f"{name}.shape", tuple(x.shape), "four dimensions [B, H, S, D]")
-        _require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"q's {q.dtype}")
-        _require(x.device == q.device, f"{name}.device", x.device, f"q's {q.device}")
-    wanted = "[B, H_kv, S_k, D] with q's B and D, and H_kv a divisor of q's H"
-    heads, kv_heads = q.shape[1], k.shape[1]
-    ok = k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]
-    _require(ok and kv_heads > 0 and heads % kv_heads == 0, "k.shape", tuple(k.shape), wanted)
-    _require(v.shape == k.shape, "v.shape", tuple(v.shape), f"k's {tuple(k.shape)}")
-    if is_causal:
-        _require(q.shape[2] == k.shape[2], "k.shape[2]", k.shape[2], f"q's {q.shape[2]} when is_causal")
+    check_heads("dense_attention", q, k, v)
+    same = not is_causal or q.shape[2] == k.shape[2]
+    require(same, "dense_attention", "k.shape[2]", k.shape[2], f"q's {q.shape[2]} when is_causal")
 
 
 # By everything but the tensors' data: a launch, and how many lanes the first part of the head dim has if the launch

@@ -41,13 +41,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torch_fuse._compat import likely
-
-from ._flash import Band, Config, attend, cannot_read, output
+from ._attention_arguments import check_heads, refusal, require
+from ._flash import Band, Config, attend, output
 from ._flash_backward import backward
-from ._ops import define_op, define_opaque_op, no_triton
+from ._ops import define_op, define_opaque_op
 
-DTYPES = (torch.bfloat16, torch.float16)
 # Forward; gradients of keys and values; gradients of queries. benchmarks/bench_masked_attention.py sweeps others.
 CONFIGS = {
     32: (Config(64, 64, 4, 3), Config(64, 64, 4, 3), Config(64, 64, 4, 3)),
@@ -67,21 +65,10 @@ MAX_SOFTCAP = 1000.0
 
 def supports(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0, softcap: float = 0.0) -> str | None:
     """Why the Triton kernels cannot take these arguments (the op then runs its reference), or None."""
-    reason = no_triton(q)
-    if reason is not None:
-        return reason
-    if q.dtype not in DTYPES:
-        return f"dtype is {q.dtype}; allowed: bfloat16, float16"
-    if q.shape[3] not in CONFIGS:
-        return f"head_dim is {q.shape[3]}; allowed: {', '.join(map(str, CONFIGS))}"
-    if not 0 < scale < math.inf:
-        return f"scale is {scale}; allowed: positive numbers"
     if softcap > MAX_SOFTCAP:
         return f"softcap is {softcap}; allowed: up to {MAX_SOFTCAP:g}"
-    block_n = CONFIGS[int(q.shape[3])][0].block_n
-    if likely(k.shape[2] < block_n):
-        return f"there are {k.shape[2]} keys; allowed: {block_n} and more"
-    return cannot_read(q=q, k=k, v=v)
+    least = CONFIGS[int(q.shape[3])][0].block_n if q.shape[3] in CONFIGS else 0
+    return refusal(q, k, v, scale, CONFIGS, least)
 
 
 def dense_mask(q: Tensor, k: Tensor, key_keep: Tensor | None, left: int | None, right: int | None) -> Tensor:
@@ -165,20 +152,11 @@ def _fake_key_range(key_keep: Tensor) -> Tensor:
 
 
 def _require(ok: bool, argument: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ValueError(f"masked_attention: {argument} is {value}; allowed: {allowed}")
+    require(ok, "masked_attention", argument, value, allowed)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, softcap: float, sinks: Tensor | None) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _require(x.dim() == 4, f"{name}.shape", tuple(x.shape), "four dimensions [B, H, S, D]")
-        _require(x.dtype == q.dtype, f"{name}.dtype", x.dtype, f"q's {q.dtype}")
-        _require(x.device == q.device, f"{name}.device", x.device, f"q's {q.device}")
-    wanted = "[B, H_kv, S_k, D] with q's B and D, and H_kv a divisor of q's H"
-    heads, kv_heads = q.shape[1], k.shape[1]
-    ok = k.shape[0] == q.shape[0] and k.shape[3] == q.shape[3]
-    _require(ok and kv_heads > 0 and heads % kv_heads == 0, "k.shape", tuple(k.shape), wanted)
-    _require(v.shape == k.shape, "v.shape", tuple(v.shape), f"k's {tuple(k.shape)}")
+    check_heads("masked_attention", q, k, v)
     if key_keep is not None:
         _require(key_keep.dtype == torch.bool, "key_keep.dtype", key_keep.dtype, "torch.bool")
         shape = tuple(key_keep.shape)
@@ -186,7 +164,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, softcap: fl
         _require(ok, "key_keep.shape", shape, f"[{q.shape[0]} or 1, {k.shape[2]}]")
     _require(0 <= softcap < math.inf, "softcap", softcap, "0 and more")
     if sinks is not None:
-        _require(sinks.dim() == 1 and sinks.shape[0] == heads, "sinks.shape", tuple(sinks.shape), f"[{heads}]")
+        _require(
+            sinks.dim() == 1 and sinks.shape[0] == q.shape[1], "sinks.shape", tuple(sinks.shape), f"[{q.shape[1]}]"
+        )
         _require(sinks.dtype.is_floating_point, "sinks.dtype", sinks.dtype, "floating-point numbers")
         _require(sinks.device == q.device, "sinks.device", sinks.device, f"q's {q.device}")
 

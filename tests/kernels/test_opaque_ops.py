@@ -123,7 +123,7 @@ def test_a_length_that_is_not_known_yet_is_no_error(dim: int, unbacked: bool, mo
         mode = fake_mode_of(gm)
         before = len(mode.shape_env.guards)
         with monkeypatch.context() as patched:
-            patched.setattr(dense, "no_triton", lambda _: None)
+            patched.setattr("torch_fuse.kernels._attention_arguments.no_triton", lambda _: None)
             outcome = rewrite(gm, Options(on_error="raise"), patterns())
         guards.append(len(mode.shape_env.guards) - before)
         report.graphs.append(outcome.report)
@@ -133,7 +133,7 @@ def test_a_length_that_is_not_known_yet_is_no_error(dim: int, unbacked: bool, mo
                 with no_guards(mode), monkeypatch.context() as patched:
                     patched.setattr(type(q), "is_cuda", True)
                     assert (dense.hopper_config(q, k, v)[0] is not None) == (dim == 128)
-                    patched.setattr(masked, "no_triton", lambda _: None)
+                    patched.setattr("torch_fuse.kernels._attention_arguments.no_triton", lambda _: None)
                     assert masked.supports(q, k, v) is None
         return outcome.gm.forward
 
