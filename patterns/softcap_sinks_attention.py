@@ -19,10 +19,10 @@ What holds, besides `written_out_attention`'s:
   the site is refused.
 - What is subtracted from a whole row, its maximum, changes nothing, and is left out.
 
-Measured on an H200 (benchmarks/results/softcap_sinks.jsonl), ms written out and fused, 64 heads of 64 lanes with sinks at
-4,096 tokens: 9.0 and 0.59, with gradients 18.4 and 2.4; with a window of 128 7.6 and 0.20, 18.0 and 1.1. 8 heads of 256
-lanes with a cap: 0.77 and 0.40 at 4,096 tokens, but 1.8 and 2.4 with gradients; 6.5 and 5.5 with gradients at 8,192
-with a window of 4,096; 0.23 and 0.25 at 4 x 256. Hence the least numbers of queries; those between are estimates.
+Measured on an H200 (benchmarks/results/softcap_sinks.jsonl), ms written out and fused: 64 heads of 64 lanes with sinks
+at 4,096 tokens 9.0 and 0.59, with gradients 18.4 and 2.4; with a window of 128 7.6 and 0.20, 18.0 and 1.1. 8 heads of
+256 lanes with a cap: 0.77 and 0.40 at 4,096 tokens, but 1.8 and 2.4 with gradients; 6.5 and 5.5 with gradients at
+8,192 with a window of 4,096; 0.23 and 0.25 at 4 x 256. Hence the least numbers of queries; those between are estimates.
 """
 
 from __future__ import annotations
