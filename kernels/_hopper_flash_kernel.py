@@ -176,6 +176,7 @@ def _consume(GROUP: gl.constexpr, out, q1_s, q2_s, k1_s, k2_s, v1_s, v2_s, q_ful
             decay = gl.exp2(gl.fma(top, log2_scale, -shift))
             total = total * decay + gl.sum(p, 1)
             top = new_top
+            mbarrier.wait(v_full.index(v_stage), v_phase)
             if D2 > 0:
                 acc1, acc2, p1, p2 = warpgroup_mma_wait(0, deps=[sums1, sums2, p1, p2])
                 acc2 = acc2 * gl.convert_layout(decay, rows2)[:, None]
