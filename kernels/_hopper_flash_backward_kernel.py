@@ -47,8 +47,8 @@ def start(a, b_s, slot, layout: gl.constexpr, ROWS: gl.constexpr, D: gl.constexp
 
 
 @gluon.jit
-def _key_step(s, dk, dv, v, k, lse, delta, seen, q_s, grad_s, full, stage, phase, after_stage, after_phase, log2_scale, masked,
-              layout: gl.constexpr, out_layout: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
+def _key_step(s, dk, dv, v, k, lse, delta, seen, q_s, grad_s, full, stage, phase, after_stage, after_phase, log2_scale,
+              masked, layout: gl.constexpr, out_layout: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
               NEXT: gl.constexpr):  # fmt: skip
     """What a tile of queries adds to dk and dv, and with NEXT the scores of the tile after it."""
     operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
@@ -215,8 +215,8 @@ def key_kernel(q, k, v, grad, lse, delta, dk, dv, batch, q_length, length, toget
     sizes = (first_item, items, step, batch, q_length, length, together)
     gl.warp_specialize(
         [
-            (_work, (role, (q, k, v, grad), (dk, dv, lse, delta), (k_s, v_s, q_s, grad_s), barriers, sizes, log2_scale, scale,
-                     H, HEADS_OF_KEY, CAUSAL, D, GROUPS, ROWS, STAGES, EARLY))
+            (_work, (role, (q, k, v, grad), (dk, dv, lse, delta), (k_s, v_s, q_s, grad_s), barriers, sizes, log2_scale,
+                     scale, H, HEADS_OF_KEY, CAUSAL, D, GROUPS, ROWS, STAGES, EARLY))
             for role in (0, 1, 2, 3)[: GROUPS + 1]
         ],
         [4] * (GROUPS - 1) + [1],

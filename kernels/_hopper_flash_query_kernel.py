@@ -16,8 +16,8 @@ from ._hopper_flash_tiles import (
 
 
 @gluon.jit
-def _query_step(s, dq, q, grad, lse, delta, seen, k_s, v_s, full, stage, phase, after_stage, after_phase, log2_scale, masked,
-                layout: gl.constexpr, out_layout: gl.constexpr, D: gl.constexpr, N: gl.constexpr,
+def _query_step(s, dq, q, grad, lse, delta, seen, k_s, v_s, full, stage, phase, after_stage, after_phase, log2_scale,
+                masked, layout: gl.constexpr, out_layout: gl.constexpr, D: gl.constexpr, N: gl.constexpr,
                 NEXT: gl.constexpr):  # fmt: skip
     """What a tile of keys adds to dq, and with NEXT the scores of the tile after it."""
     operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
@@ -89,8 +89,8 @@ def _consume_keys(GROUP: gl.constexpr, rows, buffers, barriers, sizes, log2_scal
             if CAUSAL:
                 seen = seen & (key[None, :] <= query[:, None])
                 masked = (t + 1) * N > gl.minimum(length, first + 1)
-            s, dq = _query_step(s, dq, q, grad, lse, delta, seen, k_s, v_s, full, stage, phase, after_stage, after_phase,
-                                log2_scale, masked, layout, out_layout, D, N, EARLY)  # fmt: skip
+            s, dq = _query_step(s, dq, q, grad, lse, delta, seen, k_s, v_s, full, stage, phase, after_stage,
+                                after_phase, log2_scale, masked, layout, out_layout, D, N, EARLY)  # fmt: skip
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = after_stage, after_phase
         if EARLY:
@@ -98,8 +98,8 @@ def _consume_keys(GROUP: gl.constexpr, rows, buffers, barriers, sizes, log2_scal
             seen = (key < length)[None, :]
             if CAUSAL:
                 seen = seen & (key[None, :] <= query[:, None])
-            s, dq = _query_step(s, dq, q, grad, lse, delta, seen, k_s, v_s, full, stage, phase, stage, phase, log2_scale,
-                                True, layout, out_layout, D, N, False)  # fmt: skip
+            s, dq = _query_step(s, dq, q, grad, lse, delta, seen, k_s, v_s, full, stage, phase, stage, phase,
+                                log2_scale, True, layout, out_layout, D, N, False)  # fmt: skip
             mbarrier.arrive(empty.index(stage), count=1)
             stage, phase = next_stage(stage, phase, STAGES)
         mbarrier.arrive(q_empty.index(GROUP), count=1)
@@ -161,8 +161,8 @@ def query_kernel(q, k, v, grad, lse, delta, dq, batch, q_length, length, togethe
     sizes = (first_item, items, step, batch, q_length, length, together)
     gl.warp_specialize(
         [
-            (_work, (role, (q, k, v, grad), (dq, lse, delta), (q_s, grad_s, k_s, v_s), barriers, sizes, log2_scale, scale, H,
-                     HEADS_OF_KEY, CAUSAL, D, GROUPS, ROWS, STAGES, EARLY))
+            (_work, (role, (q, k, v, grad), (dq, lse, delta), (q_s, grad_s, k_s, v_s), barriers, sizes, log2_scale,
+                     scale, H, HEADS_OF_KEY, CAUSAL, D, GROUPS, ROWS, STAGES, EARLY))
             for role in (0, 1, 2, 3)[: GROUPS + 1]
         ],
         [4] * (GROUPS - 1) + [1],
