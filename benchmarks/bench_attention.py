@@ -161,13 +161,13 @@ def measure(shape: tuple[int, ...], tried: list[Any], dry: bool, log: Log) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON lines are appended here")
-    parser.add_argument("--only", help="one shape")
+    parser.add_argument("--only", nargs="+", help="shapes")
     parser.add_argument("--sweep", action="store_true", help="also try other configurations of Hopper's kernel")
     parser.add_argument("--dims", default="64,128,80", help="head dims of the sweep")
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU: proves the script, measures nothing")
     flags = parser.parse_args()
     log = Log(flags.out)
-    shapes = [tuple(map(int, flags.only.split(",")))] if flags.only else SHAPES
+    shapes = [tuple(map(int, shape.split(","))) for shape in flags.only] if flags.only else SHAPES
     swept = [shape for shape in SWEPT if str(shape[5]) in flags.dims.split(",")]
     if flags.sweep:
         shapes = shapes if flags.only else swept
