@@ -3,9 +3,10 @@
     python benchmarks/bench_linear_gelu.py --out results.jsonl [--only wan-7800] [--dtype float16]
 
 `op` is torch_fuse::linear_gelu, `apart` addmm and torch_fuse::gelu, `inductor` torch.compile of F.linear and F.gelu.
-Errors are against float64, times the median of CUDA graphs of calls over operands that do not fit L2 together; Names that end in erf: the erf GELU,
-torch_fuse::linear_gelu_erf, and `product`, F.linear alone. `calls` are one by one, without a graph. The prediction is the bytes of the value before the GELU, written and read at 4.29 TB/s
-(an H200's copy). `--dry` proves the script on a CPU at tiny sizes.
+Names that end in erf have the erf GELU, torch_fuse::linear_gelu_erf and `product`, F.linear alone. Errors are against
+float64, times the median of CUDA graphs of calls over operands that do not fit L2 together; `calls` are one by one,
+without a graph. The prediction is the bytes of the value before the GELU, written and read at 4.29 TB/s (an H200's
+copy). `--dry` proves the script on a CPU at tiny sizes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 gelu = importlib.import_module("torch_fuse.kernels.gelu")
 linear_gelu = importlib.import_module("torch_fuse.kernels.linear_gelu")
-linear_gelu_erf = importlib.import_module("torch_fuse.kernels.linear_gelu_erf")
+importlib.import_module("torch_fuse.kernels.linear_gelu_erf")
 
 BANDWIDTH, L2 = 4.29e12, 60 * 2**20
 # rows, K, N, weight stored with K first
