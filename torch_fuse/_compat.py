@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -146,8 +146,8 @@ def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
 
 def sdpa_pick(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float, gqa: bool) -> str:
     """The backend that SDPA takes for these tensors: "math", "flash_attention", "cudnn_attention", ..."""
-    number = torch._fused_sdp_choice(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=gqa)
-    names = {int(member): name for name, member in torch._C._SDPBackend.__members__.items()}
+    number: Any = torch._fused_sdp_choice(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=gqa)
+    names = {int(cast(Any, member)): name for name, member in torch._C._SDPBackend.__members__.items()}
     return names.get(int(number), str(number)).lower()
 
 
@@ -155,7 +155,7 @@ def sdpa_settings() -> str:
     """What the user has set of SDPA's choice: the backends that are on, their order, another flash-attention."""
     import torch.nn.attention as attention
 
-    order = getattr(torch._C, "_get_sdp_priority_order", list)()
+    order: list[int] = getattr(torch._C, "_get_sdp_priority_order", list)()
     on = [name for name in ("flash", "mem_efficient", "cudnn", "math") if _sdpa_backend_is_on(name)]
     flash = getattr(attention, "current_flash_attention_impl", lambda: None)()
     deterministic = torch.are_deterministic_algorithms_enabled()

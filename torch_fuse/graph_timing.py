@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def graph_times(calls: dict[str, Callable[[], Any]], device: torch.device) -> tu
                 graphs[name] = _captured(call, inner), inner
             except Exception as error:
                 failed[name] = f"cannot be captured in a CUDA graph: {_first_line(error)}"
-        rounds = race({name: lambda g=g, n=n: _replay_us(g) / n for name, (g, n) in graphs.items()}, failed)
+        rounds = race({name: partial(_replay_us, *captured) for name, captured in graphs.items()}, failed)
         times = {name: Times(statistics.median(us), host[name]) for name, us in rounds.items()}
         torch.cuda.synchronize()
     return times, failed
@@ -105,13 +106,14 @@ def _captured(call: Callable[[], Any], inner: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
+def _replay_us(graph: torch.cuda.CUDAGraph, calls: int) -> float:
+    """Microseconds of one of the calls."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     graph.replay()
     end.record()
     end.synchronize()
-    return 1e3 * begin.elapsed_time(end)
+    return 1e3 * begin.elapsed_time(end) / calls
 
 
 def _first_line(error: Exception) -> str:

@@ -101,7 +101,7 @@ def stored(kind: str) -> list[dict[str, Any]]:
     for file in _files(kind, "*.json"):
         with contextlib.suppress(OSError, ValueError):
             entry = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(entry, dict) and entry.keys() == {"key", "value"}:
+            if isinstance(entry, dict) and entry.keys() == {"key", "value"} and isinstance(entry["key"], dict):
                 found.append(entry)
     return found
 
