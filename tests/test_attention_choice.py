@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -315,17 +313,12 @@ def test_writers_at_the_same_time_leave_one_whole_file(monkeypatch: pytest.Monke
             seen.append(measurements.recall("attention", key, lambda value: (len(value), len(set(value)))))
 
     threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
-    program = (
-        "from torch_fuse import measurements as m\nfor _ in range(20): m.store('attention', {'gpu': 'x'}, [9] * 2000)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", program])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert other.wait() == 0
     assert set(seen) == {(2000, 1)}
     assert [file.suffix for file in measurements.directory("attention").iterdir()] == [".json"]
 
@@ -397,10 +390,9 @@ def test_repeated_heads_are_read_unrepeated(clock: Clock, monkeypatch) -> None:
 def test_dynamic_sizes_are_not_measured(clock: Clock, monkeypatch) -> None:
     given(clock, monkeypatch, candidate("flash", gradients=True), flash=50.0)
     for gradients in (False, True):
-        tensors = inputs(gradients=gradients)
-        for x in tensors:
-            torch._dynamo.mark_dynamic(x, 2)
-        found, _ = site_of(MEASURE, tensors)
+        x = inputs(gradients=gradients)[0]
+        torch._dynamo.mark_dynamic(x, 2)
+        found, _ = site_of(MEASURE, [x], lambda x: attend(x, 2 * x, 3 * x))
         assert found.status == "kept" and "dynamic" in found.reason
     assert not clock.timed
 
