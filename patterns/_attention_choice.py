@@ -47,6 +47,11 @@ class Measured:
     times: dict[str, Times]
     dropped: dict[str, str]
 
+    @property
+    def for_now(self) -> bool:
+        """Whether a candidate is out for a reason that another time need not hold."""
+        return any("OutOfMemory" in reason or "out of memory" in reason for reason in self.dropped.values())
+
     def plain(self) -> dict[str, Any]:
         """As plain data."""
         us = {name: [round(x.device_us, 2), round(x.host_us, 1)] for name, x in self.times.items()}
@@ -138,7 +143,7 @@ def _measured(site: Site) -> Measured:
                 raise Unmeasured("it was not measured yet; compiling measures it")
             if known is None:
                 known = _measure_now(site)
-                if isinstance(known, Measured):
+                if isinstance(known, Measured) and not known.for_now:
                     measurements.store(KIND, identity, known.plain())
             _known[name] = known
     if isinstance(known, str):
@@ -165,7 +170,7 @@ def _measure_now(site: Site) -> Measured | str:
         with outside_tracing(site.gradients), torch.random.fork_rng(devices=devices):
             return measure(site)
     except Exception as error:  # out of memory, most of all: it must not keep the model from compiling
-        return f"measuring failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return f"measuring {_failed(error)}"
     finally:
         if devices:
             torch.cuda.empty_cache()  # graphs have memory of their own
@@ -211,7 +216,10 @@ def _unable(candidate: Candidate, tensors: tuple[Tensor, Tensor, Tensor], site: 
         return "it has no gradient"
     if candidate.pick and candidate.pick == pick and site.repetition == 1:
         return "it is PyTorch's pick"
-    return candidate.refusal(tensors, site)
+    try:
+        return candidate.refusal(tensors, site)
+    except Exception as error:
+        return _failed(error)
 
 
 def _problem(call: Callable[[], tuple[Tensor, ...]], wanted: Sequence[Tensor], sample: Sample) -> str:
@@ -221,7 +229,11 @@ def _problem(call: Callable[[], tuple[Tensor, ...]], wanted: Sequence[Tensor], s
         if found[0].is_cuda:
             torch.cuda.synchronize(found[0].device)
     except Exception as error:
-        return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        return _failed(error)
     found, wanted = tuple(x.detach() for x in found), [x.detach() for x in wanted]
     reason = difference(wanted[0], found[0]) or sample.error_beyond_rule(wanted[0], found[0])
     return reason or difference_of_gradients(wanted[1:], found[1:]) if len(found) > 1 else reason
+
+
+def _failed(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -162,10 +162,21 @@ def test_a_candidate_that_fails_or_refuses_is_dropped_with_the_reason(clock: Clo
         raise RuntimeError("no kernel image")
 
     refuses = dataclasses.replace(candidate("fa4"), refusal=lambda tensors, site: "not installed")
-    given(clock, monkeypatch, candidate("ours", fails), refuses)
+    raises = dataclasses.replace(candidate("cudnn"), refusal=fails)
+    given(clock, monkeypatch, candidate("ours", fails), refuses, raises)
     assert chosen(make_site()) == "pytorch"
     reason = choice.choose(make_site(), True).reason
     assert "ours: failed: RuntimeError: no kernel image" in reason and "fa4: not installed" in reason
+    assert "cudnn: failed: RuntimeError" in reason
+
+
+def test_what_ran_out_of_memory_is_tried_again_by_the_next_process(clock: Clock, monkeypatch) -> None:
+    def runs_out(*args: Any) -> Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    given(clock, monkeypatch, candidate("ours", runs_out))
+    assert chosen(make_site()) == chosen(make_site()) == "pytorch"
+    assert len(clock.timed) == 1 and not measurements.stored("attention")
 
 
 def test_with_gradients_only_those_that_have_them_run(clock: Clock, monkeypatch) -> None:
@@ -514,6 +525,28 @@ def test_fa4_is_called_by_its_public_function(returns: str, monkeypatch: pytest.
     found = fa4_attention.fa4_attention(q, k, v, True, 0.1)
     torch.testing.assert_close(found, right(q, k, v, True, 0.1))
     assert found.transpose(1, 2).is_contiguous()
+
+
+def test_another_choice_is_another_graph_to_torchs_caches(clock: Clock, monkeypatch) -> None:
+    """Two backends that a CPU can run, one after the other: the second must not get what was compiled for the first."""
+    from torch._inductor.utils import run_and_get_code
+
+    by_name = {x.name: dataclasses.replace(x, refusal=lambda *args: None) for x in candidates.CANDIDATES}
+    found = {}
+    for name in ("ours", "fa4", "ours"):
+        given(clock, monkeypatch, by_name[name], **{name: 50.0})
+        choice.forget()
+        measurements.clear("attention")
+        torch._dynamo.reset()
+        model = torch.compile(
+            lambda q, k, v: attend(q, k, v).transpose(1, 2).flatten(2),
+            backend="fuse",
+            options={"attention": "measure", "on_error": "raise"},
+        )
+        _, code = run_and_get_code(model, *inputs())
+        found[name] = "".join(code)
+    assert "torch_fuse.dense_attention" in found["ours"] and "fa4" not in found["ours"]
+    assert "torch_fuse.fa4_attention" in found["fa4"] and "dense" not in found["fa4"]
 
 
 # -- on a GPU ------------------------------------------------------------------------------------------------------
