@@ -488,7 +488,10 @@ def test_pinned_operators_are_what_sdpa_becomes(name: str, gradients: bool) -> N
     assert found.target in (cudnn_attention, flash_attention)
     with torch._subclasses.FakeTensorMode():
         q, k, v = (torch.empty(2, 9, 4, 16, dtype=torch.bfloat16, device="cuda").transpose(1, 2) for _ in range(3))
+        q.requires_grad_(gradients)
         out = found.call((q, k, v), site)
+    backward = {"cudnn": "ScaledDotProductCudnnAttentionBackward", "flash": "ScaledDotProductFlashAttentionBackward"}
+    assert out.grad_fn.name().startswith(backward[name]) if gradients else out.grad_fn is None
     assert out.shape == q.shape and out.stride() == q.stride() and out.dtype == q.dtype
 
 
