@@ -178,6 +178,7 @@ def test_supports_says_why_not() -> None:
 def test_kernels_in_the_interpreter() -> None:
     """The kernels' arithmetic on a machine without a GPU: this file again, in a process that interprets them."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "not opcheck"]
+    command += ["-W", "error:Conversion of an array:DeprecationWarning"]  # NumPy 2.5 refuses it
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
