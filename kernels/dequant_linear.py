@@ -16,7 +16,6 @@ Example:
     tensor([[-0.5000, 14.0000]])
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -80,7 +79,7 @@ def _fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, codes, scale, zero, lut, bias, *fields = inputs
+    x, codes, scale, zero, lut, _, *fields = inputs
     for name, part in (("scale", scale), ("zero", zero), ("lut", lut), ("codes", codes)):
         if part is not None and part.requires_grad:
             raise NotImplementedError(f"dequant_linear has no gradient of {name}")
