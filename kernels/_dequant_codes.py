@@ -115,8 +115,8 @@ def _entries(first: int) -> list[str]:
 def convert(form: Format, dtype: str, zeros: int = 0) -> tuple[str, str]:
     """The instructions for four bytes of codes to `dtype` (FP16 or BF16), and the constraints of their operands.
 
-    Results: four weights as two registers, or two times four of 4-bit codes. Operands: the bytes; then `zeros`
-    zero points of `dtype`, subtracted one after the other; or the eight words of a table (see `_entries`).
+    Results: four weights as two registers, or two times four of 4-bit codes. Operands: the bytes; then `zeros` zero
+    points for each result, subtracted one after the other; or the eight words of a table (see `_entries`).
     """
     names = "ab" if form.bits == 8 else "abcd"
     first = len(names)
@@ -132,10 +132,10 @@ def convert(form: Format, dtype: str, zeros: int = 0) -> tuple[str, str]:
         body.append(f"mov.b32 u, {_pair(-1, dtype)}")
     for zero in range(zeros):
         for i, r in enumerate(names):
-            z = f"${first + 1 + 2 * zero + i % 2}"
+            z = f"${first + 1 + first * zero + i}"
             body.append(f"sub.rn.f16x2 {r}, {r}, {z}" if dtype == FP16 else f"fma.rn.bf16x2 {r}, {z}, u, {r}")
     lines = [f"mov.b32 w, ${first}", *body, *(f"mov.b32 ${i}, {r}" for i, r in enumerate(names))]
-    inputs = 1 + 2 * zeros + (32 if form.kind == "lut16" else 0)
+    inputs = 1 + first * zeros + (32 if form.kind == "lut16" else 0)
     return _statements("a, b, c, d, s, t, u, v, w, l0, l1, h0, h1", lines), ",".join(["=r"] * first + ["r"] * inputs)
 
 
@@ -146,3 +146,10 @@ def split(form: Format) -> tuple[str, str]:
     lines += [f"prmt.b32 $0, {a}, {b}, 0x5410", f"prmt.b32 $1, {c}, {d}, 0x5410",
               f"prmt.b32 $2, {a}, {b}, 0x7632", f"prmt.b32 $3, {c}, {d}, 0x7632"]  # fmt: skip
     return _statements("r0, r1, r2, r3", lines), "=r,=r,=r,=r,r,r,r,r"
+
+
+def reorder(form: Format) -> tuple[str, str]:
+    """Instructions for four activations, $2 and $3, as $0 and $1 in `order`."""
+    assert order(form) == (0, 2, 1, 3)
+    lines = ["mov.b32 a, $2", "mov.b32 b, $3", "prmt.b32 $0, a, b, 0x5410", "prmt.b32 $1, a, b, 0x7632"]
+    return _statements("a, b", lines), "=r,=r,r,r"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_fuse.kernels._dequant_codes import BF16, FP16, convert, order, split
+from torch_fuse.kernels._dequant_codes import BF16, FP16, convert, order, reorder, split
 from torch_fuse.kernels.packed_weight import Format, unpacked
 
 DTYPES = {FP16: torch.float16, BF16: torch.bfloat16}
@@ -140,11 +140,13 @@ def test_every_entry_of_a_table_is_found(dtype: str) -> None:
 @pytest.mark.parametrize("form", [Format(4, "uint"), Format(8, "uint")], ids=["4", "8"])
 def test_a_zero_point_is_subtracted_as_in_torch(form: Format, dtype: str) -> None:
     kind = DTYPES[dtype]
-    zero = torch.rand(256, 1).mul(9).to(kind)
-    program, _ = convert(form, dtype, zeros=1)
     results = 16 // form.bits
-    found = run(program, [words(ALL), *[joined(zero.expand(256, 2))] * 2], results)
-    exact = unpacked(ALL[None], form).to(kind).view(-1, 4, 8 // form.bits)[:, list(order(form))] - zero[..., None]
+    zero = torch.rand(256, 8 // form.bits).mul(9).to(kind)  # of the low and of the high halves
+    program, operands = convert(form, dtype, zeros=1)
+    assert operands.count("=") == results and operands.count(",") == 2 * results
+    copies = [joined(zero[:, [part, part]]) for part in range(8 // form.bits) for _ in range(2)]
+    found = run(program, [words(ALL), *copies], results)
+    exact = unpacked(ALL[None], form).to(kind).view(-1, 4, 8 // form.bits)[:, list(order(form))] - zero[:, None]
     for part in range(8 // form.bits):
         assert torch.equal(elements(found[2 * part : 2 * part + 2], kind), exact[..., part])
 
@@ -158,3 +160,10 @@ def test_activations_come_in_the_order_of_the_codes(form: Format) -> None:
     expected = x.view(-1, 4, 2)[:, list(order(form))]
     assert torch.equal(elements(found[:2], torch.float16), expected[..., 0])
     assert torch.equal(elements(found[2:], torch.float16), expected[..., 1])
+
+
+def test_activations_of_halves_come_in_the_order_of_the_codes() -> None:
+    x = torch.arange(1024, dtype=torch.float16)
+    form = Format(4, "uint", nibbles="half")
+    found = run(reorder(form)[0], list(words(x).view(-1, 2).unbind(-1)), 2)
+    assert torch.equal(elements(found, torch.float16), x.view(-1, 4)[:, list(order(form))])
