@@ -1,4 +1,4 @@
-"""Codes of 8 and 4 bits as fp16 or bf16, four bytes a step, in instructions of an NVIDIA GPU (sm_80; 8-bit floats sm_89).
+"""Codes of 8 and 4 bits as fp16 or bf16, four bytes a step, in PTX (sm_80 and later; 8-bit floats sm_89).
 
 A number of few bits is put into the mantissa of a power of two, and that power subtracted: two cheap instructions for
 two weights, where a conversion of integers runs at a quarter of their rate. All results are exact. A zero point is
@@ -50,7 +50,11 @@ def _integers(signed: bool, offset: int, dtype: str) -> list[str]:
             f"mov.b32 u, {_pair(1024 + offset + 128 * signed, dtype)}", "sub.rn.f16x2 a, a, u", "sub.rn.f16x2 b, b, u",
         ]  # fmt: skip
     lines = [] if signed else ["xor.b32 w, w, 0x80808080"]
-    lines += ["prmt.b32 a, w, 0x43434343, 0x4140", "prmt.b32 b, w, 0x43434343, 0x4342", f"mov.b32 u, {_pair(-1, dtype)}"]
+    lines += [
+        "prmt.b32 a, w, 0x43434343, 0x4140",
+        "prmt.b32 b, w, 0x43434343, 0x4342",
+        f"mov.b32 u, {_pair(-1, dtype)}",
+    ]
     for r in "ab":  # 128 + the low seven bits, less 128, or less 256 for a negative one
         lines += [f"and.b32 v, {r}, 0xff80ff80", f"and.b32 {r}, {r}, 0xff7fff7f", f"fma.rn.bf16x2 {r}, v, u, {r}"]
     rest = (0 if signed else 128) - offset
@@ -108,8 +112,9 @@ def _entries(first: int) -> list[str]:
         for plane, at in (("l", first), ("h", first + 16)):
             lines += [f"prmt.b32 s, ${at}, ${at + 4}, u", f"prmt.b32 t, ${at + 8}, ${at + 12}, u",
                       f"prmt.b32 {plane}{half}, s, t, v"]  # fmt: skip
-    return lines + [f"prmt.b32 {r}, l{half}, h{half}, {pick}"
-                    for r, half, pick in (("a", 0, "0x6240"), ("b", 1, "0x6240"), ("c", 0, "0x7351"), ("d", 1, "0x7351"))]  # fmt: skip
+    for r, half, pick in (("a", 0, "0x6240"), ("b", 1, "0x6240"), ("c", 0, "0x7351"), ("d", 1, "0x7351")):
+        lines.append(f"prmt.b32 {r}, l{half}, h{half}, {pick}")
+    return lines
 
 
 def convert(form: Format, dtype: str, zeros: int = 0) -> tuple[str, str]:

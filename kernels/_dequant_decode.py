@@ -15,7 +15,9 @@ from .packed_weight import COMPUTE, Format, decode, weight_shape
 BLOCK_N, TILE = 4, 1024
 
 
-def supports(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, form: Format) -> str | None:
+def supports(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, form: Format
+) -> str | None:
     """Why the kernel cannot read these, or None."""
     if reason := no_triton(x):
         return reason
@@ -74,8 +76,8 @@ def _kernel(codes, scale, zero, lut, out, N, K: tl.constexpr, BITS: tl.constexpr
     q = tl.load(codes + n.to(tl.int64) * ROW_BYTES + byte, inside, eviction_policy="evict_first")
     row = out + n.to(tl.int64) * K
     if BITS == 8:
-        value = _weight(q, n, byte, inside, scale, zero, lut, KIND, OFFSET, BITS, ROWS, GROUP, GROUPS, ARITHMETIC, COMPUTE,
-                        ZERO)  # fmt: skip
+        value = _weight(q, n, byte, inside, scale, zero, lut, KIND, OFFSET, BITS, ROWS, GROUP, GROUPS, ARITHMETIC,
+                        COMPUTE, ZERO)  # fmt: skip
         tl.store(row + byte, value.to(out.dtype.element_ty), inside)
     else:
         if HIGH_FIRST:

@@ -1,4 +1,4 @@
-"""Which kernels `dequant_linear` runs: a few rows go to `_dequant_rows`, more have the weight written out for a product.
+"""Which kernels `dequant_linear` runs: a few rows go to `_dequant_rows`; for more the weight is written out.
 
 The product's library reads a weight that was just written from L2 in part, so writing it out costs less than it reads.
 """

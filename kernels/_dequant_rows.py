@@ -1,8 +1,8 @@
-"""A few rows times a weight of codes, for `dequant_linear`: what the Gluon kernel takes, its configurations, its launch.
+"""A few rows times a weight of codes, for `dequant_linear`: what the Gluon kernel takes, and its launch.
 
-The weight is the product's operand of 16 rows, read where it lies, and one launch does all: WARPS warps share BLOCK_N of
-its rows and take their columns in turns. A zero point is subtracted in x's dtype, scales multiply sums in fp32. A matrix
-instruction needs 32 bytes of a row at least, all of one scale, hence the least group.
+The weight is the product's operand of 16 rows, read where it lies, and one launch does all: WARPS warps share BLOCK_N
+of its rows and take their columns in turns. A zero point is subtracted in x's dtype, scales multiply sums in fp32. A
+matrix instruction needs 32 bytes of a row at least, all of one scale, hence the least group.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def no_layout(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, form: Format
 ) -> str | None:
     """Why the kernel cannot read these tensors, on any device, or None."""
-    n, k = weight_shape(codes, form)
+    _, k = weight_shape(codes, form)
     rows = x.numel() // max(int(x.shape[-1]), 1)
     if x.dtype not in _NAMES:
         return f"dtype is {x.dtype}; allowed: fp16, bf16"
@@ -124,7 +124,8 @@ def constants(x: Tensor, codes: Tensor, zero: Tensor | None, bias: Tensor | None
     tile = tile_of(codes, form, chosen.tile)
     assert tile is not None
     blocks = k * form.bits // 8 // tile
-    steps = -(-(-(-blocks // chosen.warps)) // chosen.parts)
+    turns = -(-blocks // chosen.warps)
+    steps = -(-turns // chosen.parts)
     unroll = next(u for u in range(min(steps, chosen.unroll or 10), 0, -1) if steps % u == 0)
     name, run = _NAMES[x.dtype], run_of(codes, form)
     converted, operands = convert(form, name, _zeros(x, zero, form))

@@ -1,6 +1,7 @@
 """The device code of `_dequant_rows`, in Triton's Gluon."""
 
-# ruff: noqa: RUF005 (Gluon has no starred lists)
+# ruff: noqa: RUF005, SIM108 (Gluon has no starred lists, and compiles both sides of an expression)
+# mypy: ignore-errors
 
 try:
     from triton.experimental import gluon
@@ -23,7 +24,7 @@ def _column(block, SECOND: gl.constexpr, BITS: gl.constexpr, RUN: gl.constexpr, 
     elif RUN == 0:  # noqa: RET505  # a jit function's other branch must not be compiled
         return block * (2 * TILE)
     else:
-        return block * TILE // RUN * (2 * RUN) + block * TILE % RUN + SECOND * RUN
+        return block // (RUN // TILE) * (2 * RUN) + block % (RUN // TILE) * TILE + SECOND * RUN
 
 
 @gluon.jit
@@ -84,8 +85,8 @@ def _both(pair, SECOND: gl.constexpr):
 
 
 @gluon.jit
-def _steps(acc, zeros, ahead, first, rows, columns, scale, zero, planes, n, warp, b_warp, c_n, c_warp, BITS: gl.constexpr,
-           CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr, SPLIT_OPERANDS: gl.constexpr,
+def _steps(acc, zeros, ahead, first, rows, columns, scale, zero, planes, n, warp, b_warp, c_n, c_warp,
+           BITS: gl.constexpr, CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr, SPLIT_OPERANDS: gl.constexpr,
            HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
            GROUPS: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr, DTYPE: gl.constexpr, TILE: gl.constexpr,
            WARPS: gl.constexpr, BLOCKS: gl.constexpr, STEPS: gl.constexpr, EVEN: gl.constexpr, ALL: gl.constexpr,
@@ -197,7 +198,7 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     m = gl.minimum(gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(1, b_layout))), M - 1)[None, None, :]
 
     rows = codes + n.to(gl.int64) * (K // PER_BYTE) + byte
-    if PAIRS:  # noqa: SIM108
+    if PAIRS:
         columns = x + m * (K // 2) + b_byte
     else:
         columns = x + m * K + b_byte
@@ -213,14 +214,14 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
                                 ALL, BITS, RUN, TILE, GROUPS, ROWS, GROUP, COMPUTE, ZEROS > 0),)  # fmt: skip
 
     if ALL:
-        acc, ahead = _steps(acc, zeros, ahead, first_block, rows, columns, scale, zero, planes, n, warp, b_warp, c_n, c_warp,
-                            BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN, ROWS, GROUP, GROUPS,
-                            COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, STEPS, EVEN, ALL, AHEAD, UNROLL)  # fmt: skip
+        acc, ahead = _steps(acc, zeros, ahead, first_block, rows, columns, scale, zero, planes, n, warp, b_warp,
+                            c_n, c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN,
+                            ROWS, GROUP, GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, STEPS, EVEN, ALL, AHEAD, UNROLL)  # fmt: skip
     else:
         for chunk in range(0, STEPS, UNROLL):
             acc, ahead = _steps(acc, zeros, ahead, first_block + chunk * WARPS, rows, columns, scale, zero, planes, n, warp,
-                                b_warp, c_n, c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST,
-                                RUN, ROWS, GROUP, GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, STEPS, EVEN, ALL,
+                                b_warp, c_n, c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS,
+                                HIGH_FIRST, RUN, ROWS, GROUP, GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, STEPS, EVEN, ALL,
                                 AHEAD, UNROLL)  # fmt: skip
 
     result = gl.sum(acc, 0)

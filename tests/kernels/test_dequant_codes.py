@@ -101,15 +101,17 @@ def elements(registers: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 FORMATS = [
-    Format(8, "int"), Format(8, "uint"), Format(8, "uint", offset=128), Format(8, "int", offset=-5), Format(8, "fp8_e4m3"),
-    Format(8, "fp8_e5m2"), Format(4, "uint"), Format(4, "uint", offset=8), Format(4, "int"), Format(4, "int", offset=3),
+    Format(8, "int"), Format(8, "uint"), Format(8, "uint", offset=128), Format(8, "int", offset=-5),
+    Format(8, "fp8_e4m3"), Format(8, "fp8_e5m2"), Format(4, "uint"), Format(4, "uint", offset=8), Format(4, "int"), Format(4, "int", offset=3),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f.kind}{f.bits}_{f.offset}")
 def test_every_code_is_exact(form: Format, dtype: str) -> None:
-    typed = {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}.get(form.kind, torch.uint8)
+    typed = {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}.get(
+        form.kind, torch.uint8
+    )
     codes = ALL if form.bits == 4 else ALL.view(typed)
     results = 16 // form.bits
     program, operands = convert(form, dtype)
@@ -127,7 +129,9 @@ def test_every_entry_of_a_table_is_found(dtype: str) -> None:
     form = Format(4, "lut16")
     table = torch.randn(16).to(DTYPES[dtype])
     bits = table.view(torch.int16).to(torch.int64) & 0xFFFF
-    planes = [sum((bits[4 * w + i] >> 8 * plane & 255) << 8 * i for i in range(4)) for plane in range(2) for w in range(4)]
+    planes = [
+        sum((bits[4 * w + i] >> 8 * plane & 255) << 8 * i for i in range(4)) for plane in range(2) for w in range(4)
+    ]
     program, _ = convert(form, dtype)
     copies = [torch.full((256,), int(p)) for p in planes for _ in range(4)]
     found = run(program, [words(ALL), *copies], 4)

@@ -110,7 +110,7 @@ def compiled(form: Format, found: Parts, rows: int, dtype: torch.dtype, chosen: 
     from triton.experimental.gluon._runtime import GluonASTSource
 
     codes, scale, zero, lut = found
-    n, k = weight_shape(codes, form)
+    _, k = weight_shape(codes, form)
     x = torch.empty(rows, k, dtype=dtype)
     assert few.no_layout(x, codes, scale, zero, lut, form) is None
     known = few.constants(x, codes, zero, None, form, chosen) | ({"M": 1} if rows == 1 else {})
@@ -154,12 +154,14 @@ def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str, dt
     assert "mma.sync.aligned.m16n8k16" in ptx
     loop, _ = ptx.rsplit("mma.sync", 1)
     assert "st.shared" not in loop and "bar.sync" not in loop, "a layout is converted in the loop"
-    assert f"evict_first" in ptx
+    assert "evict_first" in ptx and "ld.global.v4.b32" in ptx, "activations are read in pieces"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-@pytest.mark.parametrize("name, dtype, rows", [*itertools.product(FORMATS, [torch.float16, torch.bfloat16], [1, 5, 16, 40])])
+@pytest.mark.parametrize(
+    "name, dtype, rows", [*itertools.product(FORMATS, [torch.float16, torch.bfloat16], [1, 5, 16, 40])]
+)
 def test_a_few_rows_times_codes(name: str, dtype: torch.dtype, rows: int) -> None:
     form, zero, run = FORMATS[name]
     found = parts(form, 100 if form.rows in (1, 128) else 20, 256, zero, run=run)
