@@ -1,0 +1,141 @@
+"""A linear layer whose weight is computed in the graph from a quantised one, with the codes read by the product.
+
+Before: linear(x, ((codes.float() - zero) * scale).to(x.dtype), b)   # or any other way to write that; shifts; blocks
+        linear(x, codes.to(x.dtype)) * scale
+After:  torch_fuse.dequant_linear(x, codes, scale, zero, lut, b, <format>)
+
+For weight-only quantised models: int8 (a scale a row, a tensor, a group), int4 (every order of nibbles), 8-bit floats,
+tables of 16, GGUF's Q8_0, Q4_0 and Q4_K, HQQ, GPTQ without reordering. Inductor writes the dequantised weight out and
+reads it again: 4.5 bytes a weight instead of half a byte.
+
+What the graph computes is found out by running it on random weights (`_packed_formats`). The parts are read where they
+lie at each call, so a weight that is updated later counts from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from torch_fuse._compat import is_traceable_wrapper_subclass
+from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.dequant import Closure, Product, closure_of, match_product
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.values import tensor, value
+from torch_fuse.kernels import dequant_linear
+from torch_fuse.kernels.packed_weight import Format
+from torch_fuse.options import Options
+from torch_fuse.patterns import _dequant_examples as examples
+from torch_fuse.patterns._packed_formats import Reading, read
+from torch_fuse.rewrite.builder import Builder
+from torch_fuse.rewrite.pattern import Example, Match, Pattern
+from torch_fuse.rewrite.registry import register
+from torch_fuse.rewrite.view import GraphView
+
+
+@register
+class DequantLinear(Pattern):
+    """A linear layer that reads its quantised weight as it is stored."""
+
+    name = "dequant_linear"
+    kind = "dequant"
+    op = "torch_fuse::dequant_linear"
+
+    def anchors(self, view: GraphView) -> Iterable[Node]:
+        return view.candidates("dequant")
+
+    def match(self, view: GraphView, anchor: Node) -> Match | None:
+        product = match_product(anchor)
+        if product is None:
+            return None
+        closures = [closure_of(product, view.order, peel) for peel in (True, False)]
+        region = frozenset({*closures[0].nodes, *closures[1].nodes, *product.nodes})
+        inputs = dict.fromkeys((product.input, *closures[0].leaves, *closures[1].leaves))
+        if product.bias is not None:
+            inputs[product.bias] = None
+        bindings: dict[str, Any] = {"product": product, "closures": closures}
+        return Match(anchor, bindings, (anchor,), region - set(inputs), tuple(inputs), f"weight {list(product.shape)}")
+
+    def check(self, match: Match, options: Options) -> str | None:
+        product: Product = match.bindings["product"]
+        reason = _unlike_the_op(product, match.bindings["closures"][0])
+        if reason is not None:
+            return reason
+        if options.kernels != "reference":
+            device = tensor(product.node).device  # type: ignore[union-attr]
+            reason = dequant_linear.supports_device(device)
+            if reason is not None:
+                return reason
+            if not options.unmeasured:
+                return "not measured to win"
+        found = _read(match)
+        if options.kernels != "reference":
+            return _supported(product, found)
+        return None
+
+    def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
+        product: Product = match.bindings["product"]
+        closure, reading = _read(match)
+        op = dequant_linear.reference if options.kernels == "reference" else dequant_linear.dequant_linear
+        parts = [None if part is None else part.emit(closure, builder) for part in _parts(reading)]
+        new = builder.call(op, product.input, *parts, product.bias, *reading.form)
+        return {match.anchor: new}
+
+    def spellings(self) -> Iterator[Example]:
+        yield from examples.spellings()
+
+    def near_misses(self) -> Iterator[Example]:
+        yield from examples.near_misses()
+
+
+def _parts(reading: Reading) -> tuple[Any, ...]:
+    return reading.codes, reading.scale, reading.zero, reading.lut
+
+
+def _read(match: Match) -> tuple[Closure, Reading]:
+    """What the weight is, proven; remembered in the match.
+
+    Raises:
+        Miss: when no format computes it.
+    """
+    if "reading" not in match.bindings:
+        product: Product = match.bindings["product"]
+        peeled, whole = match.bindings["closures"]
+        try:
+            match.bindings["reading"] = peeled, read(peeled, product.shape, product.transposed)
+        except Miss:
+            if [*peeled.leaves] == [*whole.leaves]:
+                raise
+            match.bindings["reading"] = whole, read(whole, product.shape, product.transposed)
+    found: tuple[Closure, Reading] = match.bindings["reading"]
+    return found
+
+
+def _unlike_the_op(product: Product, closure: Closure) -> str | None:
+    """Why the op does not compute this, or None."""
+    result, x, weight = (tensor(node) for node in (product.node, product.input, product.weight))
+    assert result is not None and x is not None and weight is not None
+    bias = None if product.bias is None else tensor(product.bias)
+    if any(part.dtype != x.dtype for part in (result, weight)) or (bias is not None and bias.dtype != x.dtype):
+        return "input, weight, bias and result differ in dtype"
+    if bias is not None and tuple(bias.shape) != product.shape[:1]:
+        return f"the bias has shape {list(bias.shape)}; the op adds one number a column"
+    if weight.requires_grad:
+        return "a gradient of the weight's scale or zero point is wanted; the op has none"
+    if any(is_traceable_wrapper_subclass(other) for other in (x, weight)):
+        return "input or weight is of a tensor subclass, which decides itself what a linear layer is"
+    return None
+
+
+def _supported(product: Product, found: tuple[Closure, Reading]) -> str | None:
+    """Why there is no kernel for a weight, or None."""
+    closure, reading = found
+    leaves: list[Any] = [tensor(leaf) for leaf in closure.leaves]
+    with torch.no_grad():
+        parts = reading.parts(leaves)
+    bias = None if product.bias is None else tensor(product.bias)
+    reason = dequant_linear.supports(tensor(product.input), *parts, bias, reading.form)  # type: ignore[arg-type]
+    return None if reason is None else f"no kernel: {reason}"
