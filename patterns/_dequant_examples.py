@@ -192,9 +192,9 @@ def _escaping(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _updated(m: Any, x: Tensor) -> Tensor:
     w = m.q.to(x.dtype) * m.s
-    out = F.linear(x, w)
+    out = F.linear(x.detach(), w)
     w.mul_(2)
-    return out + F.linear(x, w)
+    return out * F.linear(x, m.q.to(x.dtype))
 
 
 _NEAR_MISSES: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[torch.dtype], dict[str, Tensor]]]] = {

@@ -97,7 +97,7 @@ def read(closure: Closure, shape: tuple[int, int], transposed: bool) -> Reading:
 
 
 def _search(closure: Closure, shape: tuple[int, int], transposed: bool) -> Reading:
-    draws = [[_random(leaf, draw, leaf is closure.codes) for leaf in closure.leaves] for draw in range(_DRAWS)]
+    draws = [[_random(leaf, draw, i) for i, leaf in enumerate(closure.leaves)] for draw in range(_DRAWS)]
     wanted = [closure.run(leaves) for leaves in draws]
     if transposed:
         wanted = [weight.t() for weight in wanted]
@@ -127,8 +127,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return bool((same | (a.isnan() & b.isnan())).all())
 
 
-def _random(leaf: Node, draw: int, codes: bool) -> Tensor:
-    """Another tensor like a leaf: codes of all values; ordinary scales first, all bit patterns in the last draw.
+def _random(leaf: Node, draw: int, place: int) -> Tensor:
+    """Another tensor like leaf number `place`, unlike other leaves of its shape: codes of all values; ordinary scales
+    first, all bit patterns in the last draw.
 
     Integers that are no codes are zero points, which a byte holds, whatever their type.
     """
@@ -136,10 +137,10 @@ def _random(leaf: Node, draw: int, codes: bool) -> Tensor:
     assert like is not None
     size = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True))
     where: dict[str, Any] = {
-        "generator": torch.Generator(like.device).manual_seed(1009 * draw + size),
+        "generator": torch.Generator(like.device).manual_seed(64 * draw + place),
         "device": like.device,
     }
-    if codes or like.dtype.itemsize == 1 or (draw == _DRAWS - 1 and like.dtype.is_floating_point):
+    if place == 0 or like.dtype.itemsize == 1 or (draw == _DRAWS - 1 and like.dtype.is_floating_point):
         flat = torch.randint(0, 256, (size * like.dtype.itemsize,), dtype=torch.uint8, **where).view(like.dtype)
     elif like.dtype.is_floating_point:
         flat = (torch.randn(size, **where) * (0.1 if draw == 0 else 20.0)).to(like.dtype)
@@ -150,7 +151,6 @@ def _random(leaf: Node, draw: int, codes: bool) -> Tensor:
 
 def _candidates(closure: Closure, shape: tuple[int, int]) -> Iterator[Reading]:
     """All that a closure could be by the shapes and types of its leaves."""
-    n, _ = shape
     computes = [name for name, dtype in COMPUTE.items() if any(_computes_in(node, dtype) for node in closure.nodes)]
     codes = list(_codes(closure.codes, shape))
     offsets = sorted({0, *(c for node in closure.nodes for c in _integers(node))})

@@ -21,12 +21,10 @@ import torch
 from torch.fx import Node
 
 from torch_fuse._compat import is_traceable_wrapper_subclass
-from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.dequant import Closure, Product, closure_of, match_product
 from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.values import tensor, value
+from torch_fuse.graph.values import tensor
 from torch_fuse.kernels import dequant_linear
-from torch_fuse.kernels.packed_weight import Format
 from torch_fuse.options import Options
 from torch_fuse.patterns import _dequant_examples as examples
 from torch_fuse.patterns._packed_formats import Reading, read
@@ -53,7 +51,7 @@ class DequantLinear(Pattern):
             return None
         closures = [closure_of(product, view.order, peel) for peel in (True, False)]
         region = frozenset({*closures[0].nodes, *closures[1].nodes, *product.nodes})
-        inputs = dict.fromkeys((product.input, *closures[0].leaves, *closures[1].leaves))
+        inputs = dict.fromkeys((product.input, *(leaf for found in closures for leaf in (*found.leaves, *found.steps))))
         if product.bias is not None:
             inputs[product.bias] = None
         bindings: dict[str, Any] = {"product": product, "closures": closures}
@@ -81,6 +79,8 @@ class DequantLinear(Pattern):
         closure, reading = _read(match)
         op = dequant_linear.reference if options.kernels == "reference" else dequant_linear.dequant_linear
         parts = [None if part is None else part.emit(closure, builder) for part in _parts(reading)]
+        for node, (a, b) in closure.steps.items():
+            _expect_steps(node, a, b, builder)
         new = builder.call(op, product.input, *parts, product.bias, *reading.form)
         return {match.anchor: new}
 
@@ -89,6 +89,16 @@ class DequantLinear(Pattern):
 
     def near_misses(self) -> Iterator[Example]:
         yield from examples.near_misses()
+
+
+def _expect_steps(node: Node, a: int, b: int, builder: Builder) -> None:
+    """Raises, on the device and at each call, when a leaf no longer is arange(numel) * a // b."""
+    found = tensor(node)
+    assert found is not None
+    places = builder.call(torch.arange, found.numel(), device=found.device)
+    wanted = builder.call("floor_divide", builder.call("mul", places, a), b)
+    same = builder.call("all", builder.call("eq", builder.call("flatten", node), wanted))
+    builder.call(torch._assert_async, same, f"{node.name} has changed since the model was compiled; compile it again")
 
 
 def _parts(reading: Reading) -> tuple[Any, ...]:

@@ -29,6 +29,7 @@ __all__ = [
     "likely",
     "no_guards",
     "op_overload",
+    "real_input",
     "trace_artifact",
     "unset_fake_temporarily",
 ]
@@ -58,6 +59,13 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode | None:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return None
+
+
+def real_input(node: torch.fx.Node) -> torch.Tensor | None:
+    """The tensor that an input of a Dynamo graph has while it is compiled, or None when it is not known."""
+    found = getattr(node.meta.get("grapharg"), "example", None)
+    known = isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor) and not found.is_meta
+    return found if known else None
 
 
 def op_overload(target: Any) -> Any:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch.fx import Node, map_arg
 
-from torch_fuse._compat import unset_fake_temporarily
+from torch_fuse._compat import real_input, unset_fake_temporarily
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.linear import transposed_source
 from torch_fuse.graph.miss import Kept, Miss
-from torch_fuse.graph.values import static_int, tensor, tensors, value
+from torch_fuse.graph.values import static_int, storages, tensor, tensors, value
 
 _LIMIT = 96  # nodes of a closure
 _VIEWS = {"cast", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "t", "numpy_T", "transpose",
@@ -47,12 +47,15 @@ class Closure:
         nodes: all that is computed, in the graph's order.
         codes: the leaf that holds the codes: an integer or an 8-bit float a weight, or half a byte.
         others: the other leaves: scales, zero points, tables; small.
+        steps: leaves of integers that are arange(numel) * a // b, such as a table of shifts or of the groups of
+            columns, with (a, b). They hold these values now; that they do later is for the graph to check.
     """
 
     root: Node
     nodes: list[Node]
     codes: Node
     others: list[Node] = field(default_factory=list)
+    steps: dict[Node, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def leaves(self) -> list[Node]:
@@ -66,6 +69,10 @@ class Closure:
             Miss: when an operator does not take them.
         """
         known: dict[Node, Any] = dict(zip(self.leaves, values, strict=True))
+        for node, (a, b) in self.steps.items():
+            like = tensor(node)
+            assert like is not None
+            known[node] = (torch.arange(like.numel(), device=values[0].device) * a // b).to(like.dtype).view(like.shape)
         with unset_fake_temporarily(), torch.no_grad():
             for node in self.nodes:
                 args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
@@ -84,8 +91,8 @@ class Closure:
 
     def key(self) -> tuple[Any, ...]:
         """What the closure computes, without its names: equal for layers of one kind and size."""
-        index = {node: i for i, node in enumerate((*self.leaves, *self.nodes))}
-        leaves = tuple(_kind(leaf) for leaf in self.leaves)
+        index = {node: i for i, node in enumerate((*self.leaves, *self.steps, *self.nodes))}
+        leaves = (*(_kind(leaf) for leaf in self.leaves), *((_kind(leaf), step) for leaf, step in self.steps.items()))
         calls = tuple(
             (node.op, node.target, repr(map_arg((node.args, node.kwargs), lambda n: f"%{index[n]}")))
             for node in self.nodes
@@ -169,6 +176,7 @@ def _reads_codes(product: Product) -> bool:
             return True
         if node.op not in ("placeholder", "get_attr") and _is_pure(node):
             pending += node.all_input_nodes
+            pending += [source for user in node.users if _stores_into(user, node) for source in user.all_input_nodes]
     return False
 
 
@@ -178,7 +186,7 @@ def _static(node: Node) -> list[torch.Tensor]:
 
 def _stored(x: torch.Tensor) -> bool:
     """Whether a type is one that codes are stored in."""
-    return x.dtype.itemsize == 1 and x.dtype != torch.bool or x.dtype == torch.int32
+    return (x.dtype.itemsize == 1 and x.dtype != torch.bool) or x.dtype == torch.int32
 
 
 def closure_of(product: Product, order: Order, peel: bool = True) -> Closure:
@@ -200,7 +208,9 @@ def closure_of(product: Product, order: Order, peel: bool = True) -> Closure:
         names = ", ".join(node.name for node in walk.codes)
         raise Miss(f"the weight is computed from {names or 'nothing that has half a byte or a byte a weight'}")
     nodes = sorted(walk.inside, key=order.index.__getitem__)
-    closure = Closure(product.weight, nodes, walk.codes[0], walk.others)
+    steps = {node: step for node in walk.others if (step := _in_steps(node)) is not None}
+    others = [node for node in walk.others if node not in steps]
+    closure = Closure(product.weight, nodes, walk.codes[0], others, steps)
     _check_source(closure.codes)
     _check_writes(closure, order, product.node)
     _check_readers(closure, product)
@@ -224,8 +234,11 @@ class _Walk:
             if len(seen) > _LIMIT:
                 raise Miss(f"the weight is computed by more than {_LIMIT} operators", node)
             if self._small(node):
+                if _is_constant(node):
+                    self._compute(node)
+                    continue
                 node = self._peeled(node)
-                if node not in self.others:
+                if node not in self.others and node not in self.inside:
                     self.others.append(node)
             elif self._codes_like(node) and not any(self._has_codes(source) for source in node.all_input_nodes):
                 self.codes.append(node)
@@ -246,6 +259,12 @@ class _Walk:
             self.inside[writer] = None
         return [*node.all_input_nodes, *(x for w in writers for x in w.all_input_nodes if x is not node)]
 
+    def _compute(self, node: Node) -> None:
+        """Takes in a constant and what it is made of."""
+        self.inside[node] = None
+        for source in node.all_input_nodes:
+            self._compute(source)
+
     def _small(self, node: Node) -> bool:
         found = tensor(node)
         if found is None or not all(isinstance(size, int) for size in found.shape):
@@ -259,8 +278,9 @@ class _Walk:
             after = tensor(source)
             if not isinstance(source, Node) or after is None or before is None or after.numel() != before.numel():
                 return node
-            if before.device != after.device or (after.dtype.itemsize == 1 and not _is_integer(before)):
+            if before.device != after.device:
                 return node
+            self.inside[node] = None
             node = source
         return node
 
@@ -277,8 +297,14 @@ class _Walk:
         return depth > 0 and any(self._has_codes(source, depth - 1) for source in node.all_input_nodes)
 
 
-def _is_integer(x: torch.Tensor) -> bool:
-    return not x.dtype.is_floating_point and not x.dtype.is_complex
+def _is_constant(node: Node, depth: int = 6) -> bool:
+    """Whether a value is computed from numbers in the graph alone."""
+    if depth == 0 or node.op not in ("call_function", "call_method") or not _is_pure(node):
+        return False
+    call = call_of(node)
+    if call is not None and call.op in _EMPTY:
+        return False
+    return all(_is_constant(source, depth - 1) for source in node.all_input_nodes)
 
 
 def _stores_into(user: Node, node: Node) -> bool:
@@ -299,16 +325,27 @@ def _is_pure(node: Node) -> bool:
     return module in ("torch", "_operator") and getattr(target, "__name__", "") in _PURE
 
 
+def _in_steps(node: Node) -> tuple[int, int] | None:
+    """(a, b) when an input of integers is arange(numel) * a // b now, else None."""
+    real = real_input(node)
+    if real is None or real.dtype not in (torch.int32, torch.int64) or real.numel() < 2 or real.numel() > 1 << 20:
+        return None
+    with unset_fake_temporarily(), torch.no_grad():
+        found = real.detach().flatten().cpu().long()
+        places = torch.arange(found.numel())
+        last = int(found[-1])
+        a = int(found[1]) if int(found[1]) > 0 else 1
+        b = int((found == 0).sum())
+        same = last > 0 and b > 0 and bool((found == places * a // b).all())
+    return (a, b) if same else None
+
+
 def _check_source(codes: Node) -> None:
     """Raises Miss unless the codes are stored, and not themselves computed."""
     node = codes
     while node.op not in ("placeholder", "get_attr"):
-        before, sources = tensor(node), node.all_input_nodes
-        after = value(sources[0]) if len(sources) == 1 else None
-        shared = before is not None and any(
-            x.untyped_storage()._cdata == before.untyped_storage()._cdata for x in tensors(after)
-        )
-        if not shared:
+        sources = node.all_input_nodes
+        if len(sources) != 1 or not storages(node) & storages(sources[0]):
             raise Miss(f"the codes are computed in the graph, by {node.name}", node)
         node = sources[0]
 
@@ -316,7 +353,7 @@ def _check_source(codes: Node) -> None:
 def _check_writes(closure: Closure, order: Order, at: Node) -> None:
     """Raises Miss when anything but the closure itself writes to it, or it is read before it is complete."""
     inside = set(closure.nodes)
-    order.check_unwritten(closure.leaves, order.index[at])
+    order.check_unwritten([*closure.leaves, *closure.steps], order.index[at])
     for node in closure.nodes:
         stores = [order.index[user] for user in node.users if _stores_into(user, node) and user in inside]
         reads = [order.index[user] for user in node.users if not _stores_into(user, node)]
