@@ -20,7 +20,7 @@ from torch_fuse._compat import unset_fake_temporarily
 from torch_fuse.graph.dequant import Closure
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import tensor, tensors, value
-from torch_fuse.kernels.packed_weight import COMPUTE, NIBBLES, Format, decode
+from torch_fuse.kernels.packed_weight import COMPUTE, NIBBLES, Format, decode, weight_shape
 from torch_fuse.rewrite.builder import Builder
 
 _DRAWS = 4
@@ -53,41 +53,46 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """A weight as a format and the parts that it takes."""
+    """A weight as a format and the parts that it takes; the scale of an "output" is no part of the weight."""
 
     form: Format
     codes: Part
-    scale: Part
+    scale: Part | None
     zero: Part | None = None
     lut: Part | None = None
 
     def parts(self, leaves: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """codes, scale, zero, lut of given leaves."""
-        zero = None if self.zero is None else self.zero.of(leaves)
-        return self.codes.of(leaves), self.scale.of(leaves), zero, None if self.lut is None else self.lut.of(leaves)
+        """codes, scale, zero, lut of given leaves; ones for an output's scale."""
+        codes = self.codes.of(leaves)
+        zero, lut = (None if part is None else part.of(leaves) for part in (self.zero, self.lut))
+        if self.scale is None:
+            n, _ = weight_shape(codes, self.form)
+            return codes, codes.new_ones((-(-n // self.form.rows), 1), dtype=torch.float32), zero, lut
+        return codes, self.scale.of(leaves), zero, lut
 
 
 _known: dict[tuple[Any, ...], Reading | str] = {}
 
 
-def read(closure: Closure, shape: tuple[int, int], transposed: bool) -> Reading:
+def read(closure: Closure, shape: tuple[int, int], transposed: bool, output: tuple[int, str] | None = None) -> Reading:
     """What a closure computes.
 
     Args:
         closure: the closure.
         shape: (N, K) of the weight.
         transposed: it computes [K, N].
+        output: (rows, compute) of a scale that the product is multiplied by.
 
     Raises:
         Miss: when no format agrees with it.
     """
-    key = (*closure.key(), shape, transposed)
+    key = (*closure.key(), shape, transposed, output)
     if key not in _known:
         if len(_known) >= 512:
             _known.clear()
         with unset_fake_temporarily(), torch.no_grad():
             try:
-                _known[key] = _search(closure, shape, transposed)
+                _known[key] = _search(closure, shape, transposed, output)
             except Miss as miss:
                 _known[key] = miss.reason
     found = _known[key]
@@ -96,12 +101,12 @@ def read(closure: Closure, shape: tuple[int, int], transposed: bool) -> Reading:
     return found
 
 
-def _search(closure: Closure, shape: tuple[int, int], transposed: bool) -> Reading:
+def _search(closure: Closure, shape: tuple[int, int], transposed: bool, output: tuple[int, str] | None) -> Reading:
     draws = [[_random(leaf, draw, i) for i, leaf in enumerate(closure.leaves)] for draw in range(_DRAWS)]
     wanted = [closure.run(leaves) for leaves in draws]
     if transposed:
         wanted = [weight.t() for weight in wanted]
-    for reading in _candidates(closure, shape):
+    for reading in _candidates(closure, shape, output):
         if all(_agree(reading, leaves, weight) for leaves, weight in zip(draws, wanted, strict=True)):
             return reading
     codes, *others = (tensor(leaf) for leaf in closure.leaves)
@@ -149,11 +154,17 @@ def _random(leaf: Node, draw: int, place: int) -> Tensor:
     return torch.as_strided(flat, like.shape, like.stride())
 
 
-def _candidates(closure: Closure, shape: tuple[int, int]) -> Iterator[Reading]:
+def _candidates(closure: Closure, shape: tuple[int, int], output: tuple[int, str] | None) -> Iterator[Reading]:
     """All that a closure could be by the shapes and types of its leaves."""
     computes = [name for name, dtype in COMPUTE.items() if any(_computes_in(node, dtype) for node in closure.nodes)]
     codes = list(_codes(closure.codes, shape))
     offsets = sorted({0, *(c for node in closure.nodes for c in _integers(node))})
+    if output is not None:
+        for (part, bits, kind, nibbles), offset in itertools.product(codes, offsets):
+            if not closure.others and kind != "lut16" and (kind in ("int", "uint") or not offset):
+                form = Format(bits, kind, output[0], shape[1], offset, nibbles, "output", output[1])
+                yield Reading(form, part, None)
+        return
     roles = list(_roles(closure, shape))
     for (scale, rows, group, zero, lut), (part, bits, kind, nibbles) in itertools.product(roles, codes):
         if (lut is not None) != (kind == "lut16"):

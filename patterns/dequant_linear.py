@@ -21,10 +21,11 @@ import torch
 from torch.fx import Node
 
 from torch_fuse._compat import is_traceable_wrapper_subclass
-from torch_fuse.graph.dequant import Closure, Product, closure_of, match_product
+from torch_fuse.graph.dequant import Closure, OutputScale, Product, closure_of, match_output_scale, match_product
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import tensor
 from torch_fuse.kernels import dequant_linear
+from torch_fuse.kernels.packed_weight import COMPUTE
 from torch_fuse.options import Options
 from torch_fuse.patterns import _dequant_examples as examples
 from torch_fuse.patterns._packed_formats import Reading, read
@@ -50,16 +51,24 @@ class DequantLinear(Pattern):
         if product is None:
             return None
         closures = [closure_of(product, view.order, peel) for peel in (True, False)]
-        region = frozenset({*closures[0].nodes, *closures[1].nodes, *product.nodes})
-        inputs = dict.fromkeys((product.input, *(leaf for found in closures for leaf in (*found.leaves, *found.steps))))
+        scaled = None if closures[0].others else match_output_scale(product)
+        if scaled is None and not closures[0].others:
+            raise Miss("the codes are cast and multiplied without a scale", anchor)
+        region = {node for found in closures for node in found.nodes} | product.nodes
+        read_by_op = [product.input, *(leaf for found in closures for leaf in (*found.leaves, *found.steps))]
         if product.bias is not None:
-            inputs[product.bias] = None
-        bindings: dict[str, Any] = {"product": product, "closures": closures}
-        return Match(anchor, bindings, (anchor,), region - set(inputs), tuple(inputs), f"weight {list(product.shape)}")
+            read_by_op.append(product.bias)
+        if scaled is not None:
+            region |= scaled.nodes
+            read_by_op.append(scaled.scale)
+        inputs = tuple(dict.fromkeys(read_by_op))
+        end = product.node if scaled is None else scaled.node
+        bindings: dict[str, Any] = {"product": product, "closures": closures, "scaled": scaled}
+        return Match(anchor, bindings, (end,), frozenset(region - set(inputs)), inputs, f"weight {list(product.shape)}")
 
     def check(self, match: Match, options: Options) -> str | None:
         product: Product = match.bindings["product"]
-        reason = _unlike_the_op(product, match.bindings["closures"][0])
+        reason = _unlike_the_op(product, match.bindings["scaled"])
         if reason is not None:
             return reason
         if options.kernels != "reference":
@@ -71,18 +80,24 @@ class DequantLinear(Pattern):
                 return "not measured to win"
         found = _read(match)
         if options.kernels != "reference":
-            return _supported(product, found)
+            return _supported(product, *found)
         return None
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
         product: Product = match.bindings["product"]
         closure, reading = _read(match)
         op = dequant_linear.reference if options.kernels == "reference" else dequant_linear.dequant_linear
-        parts = [None if part is None else part.emit(closure, builder) for part in _parts(reading)]
+        parts: list[Node | None] = [
+            None if part is None else part.emit(closure, builder)
+            for part in (reading.codes, reading.scale, reading.zero, reading.lut)
+        ]
+        scaled: OutputScale | None = match.bindings["scaled"]
+        if scaled is not None:
+            parts[1] = builder.call("reshape", scaled.scale, -1, 1)
         for node, (a, b) in closure.steps.items():
             _expect_steps(node, a, b, builder)
         new = builder.call(op, product.input, *parts, product.bias, *reading.form)
-        return {match.anchor: new}
+        return {match.replaced[0]: new}
 
     def spellings(self) -> Iterator[Example]:
         yield from examples.spellings()
@@ -101,10 +116,6 @@ def _expect_steps(node: Node, a: int, b: int, builder: Builder) -> None:
     builder.call(torch._assert_async, same, f"{node.name} has changed since the model was compiled; compile it again")
 
 
-def _parts(reading: Reading) -> tuple[Any, ...]:
-    return reading.codes, reading.scale, reading.zero, reading.lut
-
-
 def _read(match: Match) -> tuple[Closure, Reading]:
     """What the weight is, proven; remembered in the match.
 
@@ -114,6 +125,13 @@ def _read(match: Match) -> tuple[Closure, Reading]:
     if "reading" not in match.bindings:
         product: Product = match.bindings["product"]
         peeled, whole = match.bindings["closures"]
+        scaled: OutputScale | None = match.bindings["scaled"]
+        if scaled is not None:
+            scale = tensor(scaled.scale)
+            assert scale is not None
+            output = (1 if scale.numel() == product.shape[0] else product.shape[0], str(scale.dtype).partition(".")[2])
+            match.bindings["reading"] = peeled, read(peeled, product.shape, product.transposed, output)
+            return match.bindings["reading"]  # type: ignore[no-any-return]
         try:
             match.bindings["reading"] = peeled, read(peeled, product.shape, product.transposed)
         except Miss:
@@ -124,7 +142,7 @@ def _read(match: Match) -> tuple[Closure, Reading]:
     return found
 
 
-def _unlike_the_op(product: Product, closure: Closure) -> str | None:
+def _unlike_the_op(product: Product, scaled: OutputScale | None) -> str | None:
     """Why the op does not compute this, or None."""
     result, x, weight = (tensor(node) for node in (product.node, product.input, product.weight))
     assert result is not None and x is not None and weight is not None
@@ -133,6 +151,13 @@ def _unlike_the_op(product: Product, closure: Closure) -> str | None:
         return "input, weight, bias and result differ in dtype"
     if bias is not None and tuple(bias.shape) != product.shape[:1]:
         return f"the bias has shape {list(bias.shape)}; the op adds one number a column"
+    if scaled is not None:
+        scale, end = tensor(scaled.scale), tensor(scaled.node)
+        assert scale is not None and end is not None
+        if scale.requires_grad and end.requires_grad:
+            return "a gradient of the scale is wanted; the op has none"
+        if scale.dtype not in COMPUTE.values() or bias is not None:
+            return "the product is scaled after its bias is added, or by a number of another type than 16 or 32 bits"
     if weight.requires_grad:
         return "a gradient of the weight's scale or zero point is wanted; the op has none"
     if any(is_traceable_wrapper_subclass(other) for other in (x, weight)):
@@ -140,9 +165,8 @@ def _unlike_the_op(product: Product, closure: Closure) -> str | None:
     return None
 
 
-def _supported(product: Product, found: tuple[Closure, Reading]) -> str | None:
+def _supported(product: Product, closure: Closure, reading: Reading) -> str | None:
     """Why there is no kernel for a weight, or None."""
-    closure, reading = found
     leaves: list[Any] = [tensor(leaf) for leaf in closure.leaves]
     with torch.no_grad():
         parts = reading.parts(leaves)
