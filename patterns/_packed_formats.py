@@ -43,9 +43,9 @@ class Part:
             found = getattr(found, name)(*args)
         return found
 
-    def emit(self, closure: Closure, builder: Builder) -> Node:
-        """The part in the graph."""
-        node = closure.leaves[self.leaf]
+    def emit(self, leaves: list[Node], builder: Builder) -> Node:
+        """The part in a graph that has the leaves."""
+        node = leaves[self.leaf]
         for name, *args in self.steps:
             node = builder.call(name, node, *args)
         return node

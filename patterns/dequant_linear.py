@@ -22,7 +22,9 @@ from torch.fx import Node
 
 from torch_fuse._compat import is_traceable_wrapper_subclass
 from torch_fuse.graph.dequant import Closure, OutputScale, Product, closure_of, match_output_scale, match_product
+from torch_fuse.graph.effects import Order
 from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.subclass import Traced, is_packed, trace_linear
 from torch_fuse.graph.values import tensor
 from torch_fuse.kernels import dequant_linear
 from torch_fuse.kernels.packed_weight import COMPUTE
@@ -47,28 +49,35 @@ class DequantLinear(Pattern):
         return view.candidates("dequant")
 
     def match(self, view: GraphView, anchor: Node) -> Match | None:
-        product = match_product(anchor)
-        if product is None:
+        outer = match_product(anchor)
+        if outer is None:
             return None
-        closures = [closure_of(product, view.order, peel) for peel in (True, False)]
+        traced = trace_linear(outer.input, outer.weight, view.fake_mode) if is_packed(outer.weight) else None
+        product, order = (outer, view.order) if traced is None else (traced.product, Order(traced.gm.graph))
+        closures = [closure_of(product, order, peel) for peel in (True, False)]
         scaled = None if closures[0].others else match_output_scale(product)
         if scaled is None and not closures[0].others:
             raise Miss("the codes are cast and multiplied without a scale", anchor)
-        region = {node for found in closures for node in found.nodes} | product.nodes
-        read_by_op = [product.input, *(leaf for found in closures for leaf in (*found.leaves, *found.steps))]
-        if product.bias is not None:
-            read_by_op.append(product.bias)
-        if scaled is not None:
-            region |= scaled.nodes
-            read_by_op.append(scaled.scale)
-        inputs = tuple(dict.fromkeys(read_by_op))
         end = product.node if scaled is None else scaled.node
-        bindings: dict[str, Any] = {"product": product, "closures": closures, "scaled": scaled}
+        region, read_by_op = {anchor}, [outer.input, outer.weight]
+        if traced is not None:
+            traced.check_end(end)
+            end = anchor
+        else:
+            region = {node for found in closures for node in found.nodes} | product.nodes
+            read_by_op = [product.input, *(leaf for found in closures for leaf in (*found.leaves, *found.steps))]
+            if scaled is not None:
+                region |= scaled.nodes
+                read_by_op.append(scaled.scale)
+        if outer.bias is not None:
+            read_by_op.append(outer.bias)
+        inputs = tuple(dict.fromkeys(read_by_op))
+        bindings = {"outer": outer, "product": product, "closures": closures, "scaled": scaled, "traced": traced}
         return Match(anchor, bindings, (end,), frozenset(region - set(inputs)), inputs, f"weight {list(product.shape)}")
 
     def check(self, match: Match, options: Options) -> str | None:
         product: Product = match.bindings["product"]
-        reason = _unlike_the_op(product, match.bindings["scaled"])
+        reason = _unlike_the_op(match.bindings["outer"], product, match.bindings["scaled"])
         if reason is not None:
             return reason
         if options.kernels != "reference":
@@ -80,23 +89,29 @@ class DequantLinear(Pattern):
                 return "not measured to win"
         found = _read(match)
         if options.kernels != "reference":
-            return _supported(product, *found)
+            return _supported(match.bindings["outer"], *found)
         return None
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
-        product: Product = match.bindings["product"]
+        outer: Product = match.bindings["outer"]
+        traced: Traced | None = match.bindings["traced"]
+        scaled: OutputScale | None = match.bindings["scaled"]
         closure, reading = _read(match)
+
+        def here(node: Node) -> Node:
+            return node if traced is None else traced.emit(node, outer.weight, builder.call)
+
         op = dequant_linear.reference if options.kernels == "reference" else dequant_linear.dequant_linear
+        leaves = [here(leaf) for leaf in closure.leaves]
         parts: list[Node | None] = [
-            None if part is None else part.emit(closure, builder)
+            None if part is None else part.emit(leaves, builder)
             for part in (reading.codes, reading.scale, reading.zero, reading.lut)
         ]
-        scaled: OutputScale | None = match.bindings["scaled"]
         if scaled is not None:
-            parts[1] = builder.call("reshape", scaled.scale, -1, 1)
+            parts[1] = builder.call("reshape", here(scaled.scale), -1, 1)
         for node, (a, b) in closure.steps.items():
-            _expect_steps(node, a, b, builder)
-        new = builder.call(op, product.input, *parts, product.bias, *reading.form)
+            _expect_steps(here(node), a, b, builder)
+        new = builder.call(op, outer.input, *parts, outer.bias, *reading.form)
         return {match.replaced[0]: new}
 
     def spellings(self) -> Iterator[Example]:
@@ -142,11 +157,11 @@ def _read(match: Match) -> tuple[Closure, Reading]:
     return found
 
 
-def _unlike_the_op(product: Product, scaled: OutputScale | None) -> str | None:
+def _unlike_the_op(outer: Product, product: Product, scaled: OutputScale | None) -> str | None:
     """Why the op does not compute this, or None."""
-    result, x, weight = (tensor(node) for node in (product.node, product.input, product.weight))
+    result, x, weight = (tensor(node) for node in (product.node, outer.input, product.weight))
     assert result is not None and x is not None and weight is not None
-    bias = None if product.bias is None else tensor(product.bias)
+    bias = None if outer.bias is None else tensor(outer.bias)
     if any(part.dtype != x.dtype for part in (result, weight)) or (bias is not None and bias.dtype != x.dtype):
         return "input, weight, bias and result differ in dtype"
     if bias is not None and tuple(bias.shape) != product.shape[:1]:
@@ -156,20 +171,25 @@ def _unlike_the_op(product: Product, scaled: OutputScale | None) -> str | None:
         assert scale is not None and end is not None
         if scale.requires_grad and end.requires_grad:
             return "a gradient of the scale is wanted; the op has none"
-        if scale.dtype not in COMPUTE.values() or bias is not None:
+        if scale.dtype not in COMPUTE.values() or product.bias is not None:
             return "the product is scaled after its bias is added, or by a number of another type than 16 or 32 bits"
-    if weight.requires_grad:
+    if weight.requires_grad or (outer is not product and _learns(outer)):
         return "a gradient of the weight's scale or zero point is wanted; the op has none"
     if any(is_traceable_wrapper_subclass(other) for other in (x, weight)):
         return "input or weight is of a tensor subclass, which decides itself what a linear layer is"
     return None
 
 
-def _supported(product: Product, closure: Closure, reading: Reading) -> str | None:
+def _learns(outer: Product) -> bool:
+    weight, result = tensor(outer.weight), tensor(outer.node)
+    return weight is not None and result is not None and weight.requires_grad and result.requires_grad
+
+
+def _supported(outer: Product, closure: Closure, reading: Reading) -> str | None:
     """Why there is no kernel for a weight, or None."""
     leaves: list[Any] = [tensor(leaf) for leaf in closure.leaves]
     with torch.no_grad():
         parts = reading.parts(leaves)
-    bias = None if product.bias is None else tensor(product.bias)
-    reason = dequant_linear.supports(tensor(product.input), *parts, bias, reading.form)  # type: ignore[arg-type]
+    bias = None if outer.bias is None else tensor(outer.bias)
+    reason = dequant_linear.supports(tensor(outer.input), *parts, bias, reading.form)  # type: ignore[arg-type]
     return None if reason is None else f"no kernel: {reason}"

@@ -31,6 +31,7 @@ __all__ = [
     "op_overload",
     "real_input",
     "trace_artifact",
+    "trace_operators",
     "unset_fake_temporarily",
 ]
 
@@ -123,3 +124,10 @@ def trace_artifact(name: str, payload: Any) -> None:
     from torch._logging import trace_structured
 
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload)
+
+
+def trace_operators(fn: Any, inputs: Sequence[torch.Tensor]) -> GraphModule:
+    """The ATen operators that a function calls on fake tensors, which stand in their nodes' `meta["val"]`."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(fn)(*inputs)

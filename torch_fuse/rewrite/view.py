@@ -17,6 +17,7 @@ from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.norm import match_norm, strip_casts
 from torch_fuse.graph.residual import match_residual
 from torch_fuse.graph.skip import reads_projected
+from torch_fuse.graph.subclass import is_packed
 
 KINDS = ("attention", "norm_linear", "combine", "dequant")
 _VIEWS = {
@@ -145,4 +146,10 @@ class GraphView:
     @cached_property
     def _dequants(self) -> list[Node]:
         """Linear layers whose weight is computed from integers or 8-bit floats."""
-        return packed_products(self.nodes)
+        computed = set(packed_products(self.nodes))
+        return [node for node in self.nodes if node in computed or _reads_subclass(node)]
+
+
+def _reads_subclass(node: Node) -> bool:
+    call = call_of(node)
+    return call is not None and call.op == "linear" and is_packed(call["weight"])
