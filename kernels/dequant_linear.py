@@ -16,11 +16,21 @@ Example:
     tensor([[-0.5000, 14.0000]])
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._ops import define_opaque_op
+from ._ops import HAS_TRITON, INTERPRETED, define_opaque_op
 from .packed_weight import COMPUTE, Format, check_parts, decode, weight_shape
+
+
+def supports_device(device: torch.device) -> str | None:
+    """Why no kernel runs on a device, or None."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if INTERPRETED or device.type == "cuda":
+        return None
+    return f"device is {device.type!r}; allowed: 'cuda', which Triton compiles for"
 
 
 def supports(

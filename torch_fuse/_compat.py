@@ -29,7 +29,9 @@ __all__ = [
     "likely",
     "no_guards",
     "op_overload",
+    "real_input",
     "trace_artifact",
+    "trace_operators",
     "unset_fake_temporarily",
 ]
 
@@ -58,6 +60,13 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode | None:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return None
+
+
+def real_input(node: torch.fx.Node) -> torch.Tensor | None:
+    """The tensor that an input of a Dynamo graph has while it is compiled, or None when it is not known."""
+    found = getattr(node.meta.get("grapharg"), "example", None)
+    known = isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor) and not found.is_meta
+    return found if known else None
 
 
 def op_overload(target: Any) -> Any:
@@ -115,3 +124,10 @@ def trace_artifact(name: str, payload: Any) -> None:
     from torch._logging import trace_structured
 
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload)
+
+
+def trace_operators(fn: Any, inputs: Sequence[torch.Tensor]) -> GraphModule:
+    """The ATen operators that a function calls on fake tensors, which stand in their nodes' `meta["val"]`."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(fn)(*inputs)
