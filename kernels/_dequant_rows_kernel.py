@@ -86,7 +86,8 @@ def _both(pair, SECOND: gl.constexpr):
 
 @gluon.jit
 def _steps(acc, zeros, ahead, first, rows, columns, scale, zero, planes, n, warp, b_warp, c_n, c_warp,
-           BITS: gl.constexpr, CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr, SPLIT_OPERANDS: gl.constexpr,
+           BITS: gl.constexpr, CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr,
+           SPLIT_OPERANDS: gl.constexpr,
            HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
            GROUPS: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr, DTYPE: gl.constexpr, TILE: gl.constexpr,
            WARPS: gl.constexpr, BLOCKS: gl.constexpr, STEPS: gl.constexpr, EVEN: gl.constexpr, ALL: gl.constexpr,
@@ -214,15 +215,16 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
                                 ALL, BITS, RUN, TILE, GROUPS, ROWS, GROUP, COMPUTE, ZEROS > 0),)  # fmt: skip
 
     if ALL:
-        acc, ahead = _steps(acc, zeros, ahead, first_block, rows, columns, scale, zero, planes, n, warp, b_warp,
-                            c_n, c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN,
-                            ROWS, GROUP, GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, STEPS, EVEN, ALL, AHEAD, UNROLL)  # fmt: skip
+        acc, ahead = _steps(acc, zeros, ahead, first_block, rows, columns, scale, zero, planes, n, warp, b_warp, c_n,
+                            c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN, ROWS,
+                            GROUP, GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, STEPS, EVEN, ALL, AHEAD,
+                            UNROLL)  # fmt: skip
     else:
         for chunk in range(0, STEPS, UNROLL):
-            acc, ahead = _steps(acc, zeros, ahead, first_block + chunk * WARPS, rows, columns, scale, zero, planes, n, warp,
-                                b_warp, c_n, c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS,
-                                HIGH_FIRST, RUN, ROWS, GROUP, GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, STEPS, EVEN, ALL,
-                                AHEAD, UNROLL)  # fmt: skip
+            acc, ahead = _steps(acc, zeros, ahead, first_block + chunk * WARPS, rows, columns, scale, zero, planes, n,
+                                warp, b_warp, c_n, c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS,
+                                HIGH_FIRST, RUN, ROWS, GROUP, GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS,
+                                STEPS, EVEN, ALL, AHEAD, UNROLL)  # fmt: skip
 
     result = gl.sum(acc, 0)
     out_n = (first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(0, c_layout))))[:, None]

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _dequant_dispatch
 from ._ops import HAS_TRITON, INTERPRETED, define_opaque_op
 from .packed_weight import COMPUTE, Format, check_parts, decode, weight_shape
 
@@ -37,7 +38,7 @@ def supports(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format
 ) -> str | None:
     """Why there is no kernel for these (the op then runs its reference), or None."""
-    return "no kernel reads this format yet"
+    return _dequant_dispatch.supports(x, codes, scale, zero, lut, form)
 
 
 def reference(
@@ -76,6 +77,8 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     form = Format(bits, kind, rows, group, offset, nibbles, arithmetic, compute)
     _check(x, codes, scale, zero, lut, bias, form)
+    if _dequant_dispatch.supports(x, codes, scale, zero, lut, form) is None:
+        return _dequant_dispatch.run(x, codes, scale, zero, lut, bias, form).contiguous()
     return reference(x, codes, scale, zero, lut, bias, *form).contiguous()
 
 

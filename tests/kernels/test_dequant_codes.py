@@ -102,7 +102,8 @@ def elements(registers: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 FORMATS = [
     Format(8, "int"), Format(8, "uint"), Format(8, "uint", offset=128), Format(8, "int", offset=-5),
-    Format(8, "fp8_e4m3"), Format(8, "fp8_e5m2"), Format(4, "uint"), Format(4, "uint", offset=8), Format(4, "int"), Format(4, "int", offset=3),
+    Format(8, "fp8_e4m3"), Format(8, "fp8_e5m2"),
+    Format(4, "uint"), Format(4, "uint", offset=8), Format(4, "int"), Format(4, "int", offset=3),
 ]  # fmt: skip
 
 

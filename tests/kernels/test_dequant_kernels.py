@@ -5,7 +5,6 @@ Run with TRITON_INTERPRET=1 the same tests go through the Triton kernels; test_k
 
 from __future__ import annotations
 
-import itertools
 import os
 import subprocess
 import sys
@@ -132,11 +131,10 @@ def compiled(form: Format, found: Parts, rows: int, dtype: torch.dtype, chosen: 
 
 
 COMPILED = {
-    "int8": (Format(8, "int", 1, 2560), None, None, 1, few.Config(16, 4)),
-    "fp8_parts": (Format(8, "fp8_e4m3", 16, 2560), None, None, 8, few.Config(16, 4, parts=2)),
+    "int8": (Format(8, "int", 1, 512), None, None, 1, few.Config(16, 4)),
+    "fp8_parts": (Format(8, "fp8_e4m3", 16, 512), None, None, 8, few.Config(16, 4, parts=2)),
     "uint8_groups_uneven": (Format(8, "uint", 1, 128), torch.float32, None, 16, few.Config(16, 8)),
-    "int4": (Format(4, "uint", 1, 128, 8), None, None, 8, few.Config(16, 4)),
-    "int4_zero": (Format(4, "uint", 1, 128), torch.float16, None, 1, few.Config(16, 4, ahead=1, unroll=1)),
+    "int4_zero": (Format(4, "uint", 1, 128), torch.float16, None, 5, few.Config(16, 4, ahead=1, unroll=1)),
     "int4_half_zero": (Format(4, "uint", 1, 128, 0, "half_high"), torch.float16, 64, 1, few.Config(16, 4)),
     "nf4": (Format(4, "lut16", 1, 64, nibbles="high"), None, None, 32, few.Config(32, 4)),
 }
@@ -144,10 +142,10 @@ COMPILED = {
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED or bool(MISSING), reason="compiles Gluon")
 @pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str, dtype: torch.dtype) -> None:
+def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str) -> None:
     form, zero, run, rows, chosen = COMPILED[name]
-    found = parts(form, 16, 2560, zero, run=run)
+    dtype = torch.bfloat16 if rows == 1 else torch.float16
+    found = parts(form, 16, 1536 if form.group == 128 else 512, zero, run=run)
     if DEVICE == "cuda":
         found = tuple(None if part is None else part.cpu() for part in found)  # type: ignore[assignment]
     ptx = compiled(form, found, rows, dtype, chosen)["ptx"]
@@ -159,9 +157,8 @@ def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str, dt
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-@pytest.mark.parametrize(
-    "name, dtype, rows", [*itertools.product(FORMATS, [torch.float16, torch.bfloat16], [1, 5, 16, 40])]
-)
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype, rows", [(torch.float16, 1), (torch.bfloat16, 12), (torch.float16, 40)])
 def test_a_few_rows_times_codes(name: str, dtype: torch.dtype, rows: int) -> None:
     form, zero, run = FORMATS[name]
     found = parts(form, 100 if form.rows in (1, 128) else 20, 256, zero, run=run)
