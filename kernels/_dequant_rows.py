@@ -126,7 +126,10 @@ def constants(x: Tensor, codes: Tensor, zero: Tensor | None, bias: Tensor | None
     blocks = k * form.bits // 8 // tile
     turns = -(-blocks // chosen.warps)
     steps = -(-turns // chosen.parts)
-    unroll = next(u for u in range(min(steps, chosen.unroll or 10), 0, -1) if steps % u == 0)
+    most = min(steps, chosen.unroll or 10)
+    unroll = next(u for u in range(most, 0, -1) if steps % u == 0)
+    if chosen.parts == 1 and unroll < most / 2:  # steps past the end add nothing; with parts they are the next one's
+        unroll = most
     name, run = _NAMES[x.dtype], run_of(codes, form)
     converted, operands = convert(form, name, _zeros(x, zero, form))
     halves, halves_operands = reorder(form) if run and form.kind != "lut16" else split(form)
@@ -136,7 +139,7 @@ def constants(x: Tensor, codes: Tensor, zero: Tensor | None, bias: Tensor | None
         "K": k, "ROWS": form.rows, "GROUP": min(form.group, k), "COMPUTE": getattr(gl, form.compute),
         "ZEROS": _zeros(x, zero, form), "BIASED": bias is not None, "DTYPE": getattr(gl, name.replace("fp", "float")
         .replace("bf", "bfloat")), "BLOCK_M": max(8, 1 << (rows - 1).bit_length()), "BLOCK_N": chosen.block_n,
-        "TILE": tile, "WARPS": chosen.warps, "PARTS": chosen.parts, "AHEAD": min(chosen.ahead, steps),
+        "TILE": tile, "WARPS": chosen.warps, "PARTS": chosen.parts, "AHEAD": min(chosen.ahead, unroll - 1),
         "UNROLL": unroll,
     }  # fmt: skip
 

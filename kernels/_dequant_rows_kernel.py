@@ -50,16 +50,15 @@ def _table(lut, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(rows, scale, zero, n, warp, c_n, c_warp, start, STEPS: gl.constexpr, BLOCKS: gl.constexpr,
-           EVEN: gl.constexpr, ALL: gl.constexpr, BITS: gl.constexpr, RUN: gl.constexpr, TILE: gl.constexpr,
-           GROUPS: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, COMPUTE: gl.constexpr,
-           ZERO: gl.constexpr):  # fmt: skip
+def _fetch(rows, scale, zero, n, warp, c_n, c_warp, start, BLOCKS: gl.constexpr, EVEN: gl.constexpr,
+           BITS: gl.constexpr, RUN: gl.constexpr, TILE: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr,
+           GROUP: gl.constexpr, COMPUTE: gl.constexpr, ZERO: gl.constexpr):  # fmt: skip
     """What a step reads of the weight: codes, and a scale and zero point of the first and second halves of bytes."""
     block = start + warp
     inside = block < BLOCKS
     c_block = start + c_warp
     c_inside = c_block < BLOCKS
-    if EVEN and ALL:
+    if EVEN:
         tile = gl.load(rows + block * TILE, eviction_policy="evict_first")
     else:
         tile = gl.load(rows + block * TILE, inside, other=0, eviction_policy="evict_first")
@@ -85,75 +84,90 @@ def _both(pair, SECOND: gl.constexpr):
 
 
 @gluon.jit
-def _steps(acc, zeros, ahead, first, rows, columns, scale, zero, planes, n, warp, b_warp, c_n, c_warp,
-           BITS: gl.constexpr, CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr,
-           SPLIT_OPERANDS: gl.constexpr,
-           HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
-           GROUPS: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr, DTYPE: gl.constexpr, TILE: gl.constexpr,
-           WARPS: gl.constexpr, BLOCKS: gl.constexpr, STEPS: gl.constexpr, EVEN: gl.constexpr, ALL: gl.constexpr,
-           AHEAD: gl.constexpr, UNROLL: gl.constexpr):  # fmt: skip
-    """Adds UNROLL steps from block `first` on to acc; `ahead` is what was already read of the weight."""
+def _step(acc, zeros, fetched, start, columns, planes, b_warp, BITS: gl.constexpr, CONVERT: gl.constexpr,
+          CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr, SPLIT_OPERANDS: gl.constexpr,
+          HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr,
+          DTYPE: gl.constexpr, TILE: gl.constexpr, BLOCKS: gl.constexpr, EVEN: gl.constexpr):  # fmt: skip
+    """Adds a tile of the weight, of each warp, times its activations to acc."""
     PER_BYTE: gl.constexpr = 8 // BITS
     PAIRS: gl.constexpr = BITS == 4 and RUN == 0
     TABLE: gl.constexpr = len(planes) > 0
-    for i in gl.static_range(UNROLL):
-        tile, scales, zero_points = ahead[0]
-        ahead = ahead[1:]
-        start = first + i * WARPS
-        if not ALL or i + AHEAD < STEPS:
-            ahead = ahead + (_fetch(rows, scale, zero, n, warp, c_n, c_warp, start + AHEAD * WARPS, STEPS, BLOCKS,
-                                    EVEN, ALL, BITS, RUN, TILE, GROUPS, ROWS, GROUP, COMPUTE, ZEROS > 0),)  # fmt: skip
-
-        block = start + b_warp
-        if PAIRS:
-            at = columns + block * TILE
-        else:
-            at = columns + _column(block, 0, BITS, RUN, TILE)
+    tile, scales, zero_points = fetched
+    block = start + b_warp
+    if PAIRS:
+        at = columns + block * TILE
+    else:
+        at = columns + _column(block, 0, BITS, RUN, TILE)
+    if EVEN:
+        first_x = gl.load(at)
+    else:
+        first_x = gl.load(at, block < BLOCKS, other=0)
+    second_x = first_x
+    if RUN > 0:
         if EVEN:
-            first_x = gl.load(at)
+            second_x = gl.load(at + RUN)
         else:
-            first_x = gl.load(at, block < BLOCKS, other=0)
-        second_x = first_x
-        if RUN > 0:
-            if EVEN:
-                second_x = gl.load(at + RUN)
-            else:
-                second_x = gl.load(at + RUN, block < BLOCKS, other=0)
-            if not TABLE:
-                first_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [first_x], DTYPE.value, True, 4)
-                second_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [second_x], DTYPE.value, True, 4)
-        if PAIRS:
-            first_x, second_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [first_x],
-                                                          (DTYPE.value, DTYPE.value), True, 4)  # fmt: skip
-        if HIGH_FIRST:
-            first_x, second_x = second_x, first_x
+            second_x = gl.load(at + RUN, block < BLOCKS, other=0)
+        if not TABLE:
+            first_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [first_x], DTYPE.value, True, 4)
+            second_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [second_x], DTYPE.value, True, 4)
+    if PAIRS:
+        first_x, second_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [first_x],
+                                                      (DTYPE.value, DTYPE.value), True, 4)  # fmt: skip
+    if HIGH_FIRST:
+        first_x, second_x = second_x, first_x
 
-        operands = (tile,) + planes
-        for zero_part in gl.static_range(ZEROS):
-            for side in gl.static_range(PER_BYTE):
-                # the low halves of bytes are the second ones if the high ones come first
-                z = _both(zero_points, (side == 1) != HIGH_FIRST)
-                rounded = z.to(DTYPE)
-                if zero_part == 1:
-                    rounded = (z - rounded.to(gl.float32)).to(DTYPE)
-                operands = operands + (rounded,)
-        if BITS == 8:
-            a = gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, DTYPE.value, True, 4)
-            if GROUPS == 1:
-                acc = mma_v2(a, first_x, acc)
-            else:
-                acc += mma_v2(a, first_x, zeros) * scales[0]
+    operands = (tile,) + planes
+    for zero_part in gl.static_range(ZEROS):
+        for side in gl.static_range(PER_BYTE):
+            # the low halves of bytes are the second ones if the high ones come first
+            z = _both(zero_points, (side == 1) != HIGH_FIRST)
+            rounded = z.to(DTYPE)
+            if zero_part == 1:
+                rounded = (z - rounded.to(gl.float32)).to(DTYPE)
+            operands = operands + (rounded,)
+    if BITS == 8:
+        a = gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, DTYPE.value, True, 4)
+        if GROUPS == 1:
+            acc = mma_v2(a, first_x, acc)
         else:
-            low, high = gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, (DTYPE.value, DTYPE.value),
-                                                  True, 4)  # fmt: skip
-            if GROUPS == 1:
-                acc = mma_v2(high, second_x, mma_v2(low, first_x, acc))
-            elif RUN == 0:
-                acc += mma_v2(high, second_x, mma_v2(low, first_x, zeros)) * scales[0]
-            else:
-                acc += mma_v2(low, first_x, zeros) * _both(scales, HIGH_FIRST)
-                acc += mma_v2(high, second_x, zeros) * _both(scales, not HIGH_FIRST)
-    return acc, ahead
+            acc += mma_v2(a, first_x, zeros) * scales[0]
+    else:
+        low, high = gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, (DTYPE.value, DTYPE.value),
+                                              True, 4)  # fmt: skip
+        if GROUPS == 1:
+            acc = mma_v2(high, second_x, mma_v2(low, first_x, acc))
+        elif RUN == 0:
+            acc += mma_v2(high, second_x, mma_v2(low, first_x, zeros)) * scales[0]
+        else:
+            acc += mma_v2(low, first_x, zeros) * _both(scales, HIGH_FIRST)
+            acc += mma_v2(high, second_x, zeros) * _both(scales, not HIGH_FIRST)
+    return acc
+
+
+@gluon.jit
+def _steps(acc, zeros, first, rows, columns, scale, zero, planes, n, warp, b_warp, c_n, c_warp,
+           BITS: gl.constexpr, CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr,
+           SPLIT_OPERANDS: gl.constexpr, HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, ROWS: gl.constexpr,
+           GROUP: gl.constexpr, GROUPS: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr,
+           DTYPE: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl.constexpr, EVEN: gl.constexpr,
+           AHEAD: gl.constexpr, UNROLL: gl.constexpr):  # fmt: skip
+    """Adds UNROLL steps from block `first` on to acc; the weight is read AHEAD steps before it is needed.
+
+    No tile is carried around a loop: a byte of one would have a register of its own.
+    """
+    ahead = ()
+    for i in gl.static_range(AHEAD + UNROLL):
+        if i < UNROLL:
+            fetched = _fetch(rows, scale, zero, n, warp, c_n, c_warp, first + i * WARPS, BLOCKS, EVEN, BITS, RUN, TILE,
+                             GROUPS, ROWS, GROUP, COMPUTE, ZEROS > 0)  # fmt: skip
+            ahead = ahead + (fetched,)
+        if i >= AHEAD:
+            acc = _step(acc, zeros, ahead[0], first + (i - AHEAD) * WARPS, columns, planes, b_warp, BITS, CONVERT,
+                        CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN, GROUPS, ZEROS, DTYPE, TILE, BLOCKS,
+                        EVEN)  # fmt: skip
+            ahead = ahead[1:]
+    return acc
 
 
 @gluon.jit
@@ -175,8 +189,7 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     BLOCKS: gl.constexpr = K // PER_BYTE // TILE
     GROUPS: gl.constexpr = (K + GROUP - 1) // GROUP
     STEPS: gl.constexpr = ((BLOCKS + WARPS - 1) // WARPS + PARTS - 1) // PARTS
-    EVEN: gl.constexpr = STEPS * WARPS * PARTS == BLOCKS
-    ALL: gl.constexpr = STEPS == UNROLL  # the loop is written out
+    EVEN: gl.constexpr = STEPS * WARPS * PARTS == BLOCKS and STEPS % UNROLL == 0
     PAIRS: gl.constexpr = BITS == 4 and RUN == 0
     c_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, c_layout, TILE // 8)
@@ -209,22 +222,10 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     zeros = gl.zeros([WARPS, BLOCK_N, BLOCK_M], gl.float32, layout=c_layout)
     acc = zeros
 
-    ahead = ()
-    for i in gl.static_range(AHEAD):
-        ahead = ahead + (_fetch(rows, scale, zero, n, warp, c_n, c_warp, first_block + i * WARPS, STEPS, BLOCKS, EVEN,
-                                ALL, BITS, RUN, TILE, GROUPS, ROWS, GROUP, COMPUTE, ZEROS > 0),)  # fmt: skip
-
-    if ALL:
-        acc, ahead = _steps(acc, zeros, ahead, first_block, rows, columns, scale, zero, planes, n, warp, b_warp, c_n,
-                            c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN, ROWS,
-                            GROUP, GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, STEPS, EVEN, ALL, AHEAD,
-                            UNROLL)  # fmt: skip
-    else:
-        for chunk in range(0, STEPS, UNROLL):
-            acc, ahead = _steps(acc, zeros, ahead, first_block + chunk * WARPS, rows, columns, scale, zero, planes, n,
-                                warp, b_warp, c_n, c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS,
-                                HIGH_FIRST, RUN, ROWS, GROUP, GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS,
-                                STEPS, EVEN, ALL, AHEAD, UNROLL)  # fmt: skip
+    for chunk in range(0, STEPS, UNROLL):
+        acc = _steps(acc, zeros, first_block + chunk * WARPS, rows, columns, scale, zero, planes, n, warp, b_warp, c_n,
+                     c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN, ROWS, GROUP,
+                     GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, EVEN, AHEAD, UNROLL)  # fmt: skip
 
     result = gl.sum(acc, 0)
     out_n = (first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(0, c_layout))))[:, None]
