@@ -22,7 +22,7 @@ _NAMES = {torch.float16: FP16, torch.bfloat16: BF16}
 
 
 class Config(NamedTuple):
-    """Rows of the weight in a program, its warps, tiles that are read ahead, steps written out (0: all of them), and
+    """Rows of the weight in a program, its warps, tiles that are read ahead, steps written out (0: up to ten), and
     programs that share a row's sums (their results are added up by a second launch)."""
 
     block_n: int = 16
