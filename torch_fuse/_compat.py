@@ -34,10 +34,15 @@ __all__ = [
     "likely",
     "no_guards",
     "op_overload",
+<<<<<<< HEAD
     "outside_tracing",
     "sdpa_pick",
     "sdpa_settings",
+=======
+    "real_input",
+>>>>>>> h7
     "trace_artifact",
+    "trace_operators",
     "unset_fake_temporarily",
     "uses_cuda_graphs",
 ]
@@ -71,6 +76,13 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode | None:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return None
+
+
+def real_input(node: torch.fx.Node) -> torch.Tensor | None:
+    """The tensor that an input of a Dynamo graph has while it is compiled, or None when it is not known."""
+    found = getattr(node.meta.get("grapharg"), "example", None)
+    known = isinstance(found, torch.Tensor) and not isinstance(found, FakeTensor) and not found.is_meta
+    return found if known else None
 
 
 def op_overload(target: Any) -> Any:
@@ -130,6 +142,7 @@ def trace_artifact(name: str, payload: Any) -> None:
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload)
 
 
+<<<<<<< HEAD
 def cache_directory() -> Path:
     """Inductor's cache directory: `TORCHINDUCTOR_CACHE_DIR`, or the user's among the system's temporary files."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -175,3 +188,10 @@ def outside_tracing(gradients: bool) -> Iterator[None]:
         stack.enter_context(torch.autocast("cuda", enabled=False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         yield
+=======
+def trace_operators(fn: Any, inputs: Sequence[torch.Tensor]) -> GraphModule:
+    """The ATen operators that a function calls on fake tensors, which stand in their nodes' `meta["val"]`."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(fn)(*inputs)
+>>>>>>> h7

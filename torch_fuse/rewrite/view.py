@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from torch_fuse._compat import FakeTensorMode, ShapeEnv, fake_mode_of
 from torch_fuse.graph.attention import Attention, attentions
 from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.dequant import packed_products
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.linear import match_linear
 from torch_fuse.graph.mask import Mask, match_mask
@@ -17,6 +18,7 @@ from torch_fuse.graph.norm import match_norm, strip_casts
 from torch_fuse.graph.residual import match_residual
 from torch_fuse.graph.skip import reads_projected
 from torch_fuse.options import Options
+from torch_fuse.graph.subclass import is_packed
 
 KINDS = ("attention", "norm_linear", "combine", "dequant")
 _VIEWS = {
@@ -153,27 +155,10 @@ class GraphView:
     @cached_property
     def _dequants(self) -> list[Node]:
         """Linear layers whose weight is computed from integers or 8-bit floats."""
-        found = []
-        for node in self.nodes:
-            linear = match_linear(node)
-            if linear is not None and _from_packed(linear.weight):
-                found.append(node)
-        return found
+        computed = set(packed_products(self.nodes))
+        return [node for node in self.nodes if node in computed or _reads_subclass(node)]
 
 
-def _from_packed(weight: Node) -> bool:
-    """Whether a weight is cast from a type of at most 8 bits, looking through arithmetic and views."""
-    current: Node | None = weight
-    for _ in range(16):
-        call = call_of(current)
-        if call is None:
-            return False
-        source = call.args.get("input")
-        if call.op == "cast" and isinstance(source, Node):
-            value = source.meta.get("example_value")
-            if value is not None and getattr(value, "dtype", None) is not None and value.dtype.itemsize == 1:
-                return True
-        current = source if isinstance(source, Node) else None
-        if current is None:
-            return False
-    return False
+def _reads_subclass(node: Node) -> bool:
+    call = call_of(node)
+    return call is not None and call.op == "linear" and is_packed(call["weight"])

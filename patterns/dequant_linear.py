@@ -1,0 +1,195 @@
+"""A linear layer whose weight is computed in the graph from a quantised one, with the codes read by the product.
+
+Before: linear(x, ((codes.float() - zero) * scale).to(x.dtype), b)   # or any other way to write that; shifts; blocks
+        linear(x, codes.to(x.dtype)) * scale
+After:  torch_fuse.dequant_linear(x, codes, scale, zero, lut, b, <format>)
+
+For weight-only quantised models: int8 (a scale a row, a tensor, a group), int4 (every order of nibbles), 8-bit floats,
+tables of 16, GGUF's Q8_0, Q4_0 and Q4_K, HQQ, GPTQ without reordering. Inductor writes the dequantised weight out and
+reads it again: 4.5 bytes a weight instead of half a byte.
+
+What the graph computes is found out by running it on random weights (`_packed_formats`). The parts are read where they
+lie at each call, so a weight that is updated later counts from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from torch_fuse._compat import is_traceable_wrapper_subclass
+from torch_fuse.graph.dequant import Closure, OutputScale, Product, closure_of, match_output_scale, match_product
+from torch_fuse.graph.effects import Order
+from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.subclass import Traced, is_packed, trace_linear
+from torch_fuse.graph.values import tensor
+from torch_fuse.kernels import dequant_linear
+from torch_fuse.kernels.packed_weight import COMPUTE
+from torch_fuse.options import Options
+from torch_fuse.patterns import _dequant_examples as examples
+from torch_fuse.patterns._packed_formats import Reading, read
+from torch_fuse.rewrite.builder import Builder
+from torch_fuse.rewrite.pattern import Example, Match, Pattern
+from torch_fuse.rewrite.registry import register
+from torch_fuse.rewrite.view import GraphView
+
+
+@register
+class DequantLinear(Pattern):
+    """A linear layer that reads its quantised weight as it is stored."""
+
+    name = "dequant_linear"
+    kind = "dequant"
+    op = "torch_fuse::dequant_linear"
+
+    def anchors(self, view: GraphView) -> Iterable[Node]:
+        return view.candidates("dequant")
+
+    def match(self, view: GraphView, anchor: Node) -> Match | None:
+        outer = match_product(anchor)
+        if outer is None:
+            return None
+        traced = trace_linear(outer.input, outer.weight, view.fake_mode) if is_packed(outer.weight) else None
+        product, order = (outer, view.order) if traced is None else (traced.product, Order(traced.gm.graph))
+        closures = [closure_of(product, order, peel) for peel in (True, False)]
+        scaled = None if closures[0].others else match_output_scale(product)
+        if scaled is None and not closures[0].others:
+            raise Miss("the codes are cast and multiplied without a scale", anchor)
+        end = product.node if scaled is None else scaled.node
+        region, read_by_op = {anchor}, [outer.input, outer.weight]
+        if traced is not None:
+            traced.check_end(end)
+            end = anchor
+        else:
+            region = {node for found in closures for node in found.nodes} | product.nodes
+            read_by_op = [product.input, *(leaf for found in closures for leaf in (*found.leaves, *found.steps))]
+            if scaled is not None:
+                region |= scaled.nodes
+                read_by_op.append(scaled.scale)
+        if outer.bias is not None:
+            read_by_op.append(outer.bias)
+        inputs = tuple(dict.fromkeys(read_by_op))
+        bindings = {"outer": outer, "product": product, "closures": closures, "scaled": scaled, "traced": traced}
+        return Match(anchor, bindings, (end,), frozenset(region - set(inputs)), inputs, f"weight {list(product.shape)}")
+
+    def check(self, match: Match, options: Options) -> str | None:
+        product: Product = match.bindings["product"]
+        reason = _unlike_the_op(match.bindings["outer"], product, match.bindings["scaled"])
+        if reason is not None:
+            return reason
+        if options.kernels != "reference":
+            device = tensor(product.node).device  # type: ignore[union-attr]
+            reason = dequant_linear.supports_device(device)
+            if reason is not None:
+                return reason
+            if not options.unmeasured:
+                return "not measured to win"
+        found = _read(match)
+        if options.kernels != "reference":
+            return _supported(match.bindings["outer"], *found)
+        return None
+
+    def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
+        outer: Product = match.bindings["outer"]
+        traced: Traced | None = match.bindings["traced"]
+        scaled: OutputScale | None = match.bindings["scaled"]
+        closure, reading = _read(match)
+
+        def here(node: Node) -> Node:
+            return node if traced is None else traced.emit(node, outer.weight, builder.call)
+
+        op = dequant_linear.reference if options.kernels == "reference" else dequant_linear.dequant_linear
+        leaves = [here(leaf) for leaf in closure.leaves]
+        parts: list[Node | None] = [
+            None if part is None else part.emit(leaves, builder)
+            for part in (reading.codes, reading.scale, reading.zero, reading.lut)
+        ]
+        if scaled is not None:
+            parts[1] = builder.call("reshape", here(scaled.scale), -1, 1)
+        for node, (a, b) in closure.steps.items():
+            _expect_steps(here(node), a, b, builder)
+        new = builder.call(op, outer.input, *parts, outer.bias, *reading.form)
+        return {match.replaced[0]: new}
+
+    def spellings(self) -> Iterator[Example]:
+        yield from examples.spellings()
+
+    def near_misses(self) -> Iterator[Example]:
+        yield from examples.near_misses()
+
+
+def _expect_steps(node: Node, a: int, b: int, builder: Builder) -> None:
+    """Raises, on the device and at each call, when a leaf no longer is arange(numel) * a // b."""
+    found = tensor(node)
+    assert found is not None
+    places = builder.call(torch.arange, found.numel(), device=found.device)
+    wanted = builder.call("floor_divide", builder.call("mul", places, a), b)
+    same = builder.call("all", builder.call("eq", builder.call("flatten", node), wanted))
+    builder.call(torch._assert_async, same, f"{node.name} has changed since the model was compiled; compile it again")
+
+
+def _read(match: Match) -> tuple[Closure, Reading]:
+    """What the weight is, proven; remembered in the match.
+
+    Raises:
+        Miss: when no format computes it.
+    """
+    if "reading" not in match.bindings:
+        product: Product = match.bindings["product"]
+        peeled, whole = match.bindings["closures"]
+        scaled: OutputScale | None = match.bindings["scaled"]
+        if scaled is not None:
+            scale = tensor(scaled.scale)
+            assert scale is not None
+            output = (1 if scale.numel() == product.shape[0] else product.shape[0], str(scale.dtype).partition(".")[2])
+            match.bindings["reading"] = peeled, read(peeled, product.shape, product.transposed, output)
+            return match.bindings["reading"]  # type: ignore[no-any-return]
+        try:
+            match.bindings["reading"] = peeled, read(peeled, product.shape, product.transposed)
+        except Miss:
+            if [*peeled.leaves] == [*whole.leaves]:
+                raise
+            match.bindings["reading"] = whole, read(whole, product.shape, product.transposed)
+    found: tuple[Closure, Reading] = match.bindings["reading"]
+    return found
+
+
+def _unlike_the_op(outer: Product, product: Product, scaled: OutputScale | None) -> str | None:
+    """Why the op does not compute this, or None."""
+    result, x, weight = (tensor(node) for node in (product.node, outer.input, product.weight))
+    assert result is not None and x is not None and weight is not None
+    bias = None if outer.bias is None else tensor(outer.bias)
+    if any(part.dtype != x.dtype for part in (result, weight)) or (bias is not None and bias.dtype != x.dtype):
+        return "input, weight, bias and result differ in dtype"
+    if bias is not None and tuple(bias.shape) != product.shape[:1]:
+        return f"the bias has shape {list(bias.shape)}; the op adds one number a column"
+    if scaled is not None:
+        scale, end = tensor(scaled.scale), tensor(scaled.node)
+        assert scale is not None and end is not None
+        if scale.requires_grad and end.requires_grad:
+            return "a gradient of the scale is wanted; the op has none"
+        if scale.dtype not in COMPUTE.values() or product.bias is not None:
+            return "the product is scaled after its bias is added, or by a number of another type than 16 or 32 bits"
+    if weight.requires_grad or (outer is not product and _learns(outer)):
+        return "a gradient of the weight's scale or zero point is wanted; the op has none"
+    if any(is_traceable_wrapper_subclass(other) for other in (x, weight)):
+        return "input or weight is of a tensor subclass, which decides itself what a linear layer is"
+    return None
+
+
+def _learns(outer: Product) -> bool:
+    weight, result = tensor(outer.weight), tensor(outer.node)
+    return weight is not None and result is not None and weight.requires_grad and result.requires_grad
+
+
+def _supported(outer: Product, closure: Closure, reading: Reading) -> str | None:
+    """Why there is no kernel for a weight, or None."""
+    leaves: list[Any] = [tensor(leaf) for leaf in closure.leaves]
+    with torch.no_grad():
+        parts = reading.parts(leaves)
+    bias = None if outer.bias is None else tensor(outer.bias)
+    reason = dequant_linear.supports(tensor(outer.input), *parts, bias, reading.form)  # type: ignore[arg-type]
+    return None if reason is None else f"no kernel: {reason}"

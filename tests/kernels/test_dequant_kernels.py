@@ -1,0 +1,178 @@
+"""The kernels of dequant_linear: decoding against torch bit for bit, the product of a few rows compiled for a GPU.
+
+Run with TRITON_INTERPRET=1 the same tests go through the Triton kernels; test_kernels_in_the_interpreter does so.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from torch_fuse.kernels import _dequant_decode as decoding
+from torch_fuse.kernels import _dequant_rows as few
+from torch_fuse.kernels import _ops
+from torch_fuse.kernels._dequant_rows_kernel import MISSING
+from torch_fuse.kernels.packed_weight import COMPUTE, Format, check_parts, decode, weight_shape
+
+DEVICE = "cuda" if torch.cuda.is_available() and not _ops.INTERPRETED else "cpu"
+RUNS = DEVICE == "cuda" or _ops.INTERPRETED
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def parts(form: Format, n: int, k: int, zero: torch.dtype | None = None, dtype: torch.dtype = torch.float16,
+          run: int | None = None) -> Parts:  # fmt: skip
+    """Random parts of a weight; `run`: the last dimension of codes that are in halves."""
+    torch.manual_seed(0)
+    shape: tuple[int, ...] = (n, k * form.bits // 8)
+    if form.nibbles.startswith("rows"):
+        shape = (n // 2, k)
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8)
+    if form.kind.startswith("fp8"):
+        codes &= 0xBB  # no NaN, no inf
+        codes = codes.view(torch.float8_e4m3fn if form.kind == "fp8_e4m3" else torch.float8_e5m2)
+    elif form.bits == 8 and form.kind == "int":
+        codes = codes.view(torch.int8)
+    if run is not None:
+        codes = codes.view(n, -1, run)
+    groups = (-(-n // form.rows), -(-k // form.group))
+    scale = (torch.rand(groups) + 0.5).to(dtype)
+    zeros = None if zero is None else torch.randint(0, 16, groups).to(zero)
+    if zeros is not None and zero is not None and zero.is_floating_point:
+        zeros = zeros + torch.rand(groups).to(zero)
+    table = torch.randn(16).sort().values if form.kind == "lut16" else None
+    found = (codes.to(DEVICE), scale.to(DEVICE), None if zeros is None else zeros.to(DEVICE),
+             None if table is None else table.to(DEVICE))  # fmt: skip
+    check_parts(*found, form)
+    return found
+
+
+FORMATS: dict[str, tuple[Format, torch.dtype | None, int | None]] = {
+    "int8_per_row": (Format(8, "int", 1, 256), None, None),
+    "int8_output": (Format(8, "int", 1, 256, arithmetic="output"), None, None),
+    "uint8_groups": (Format(8, "uint", 1, 64, 3), torch.float16, None),
+    "fp8_blocks": (Format(8, "fp8_e4m3", 128, 128), None, None),
+    "fp8_e5m2_per_tensor": (Format(8, "fp8_e5m2", 20, 256), None, None),
+    "int4_low": (Format(4, "int", 1, 128), None, None),
+    "uint4_high_zero": (Format(4, "uint", 1, 64, nibbles="high", compute="float16"), torch.float16, None),
+    "uint4_half": (Format(4, "uint", 1, 32, 8, "half"), None, 16),
+    "uint4_half_high_zero": (Format(4, "uint", 1, 64, 0, "half_high"), torch.float16, 64),
+    "uint4_mul_add": (Format(4, "uint", 1, 32, arithmetic="mul_add", compute="bfloat16"), torch.bfloat16, None),
+    "uint4_mul_sub": (Format(4, "uint", 1, 32, arithmetic="mul_sub"), torch.float32, None),
+    "nf4": (Format(4, "lut16", 1, 64, nibbles="high"), None, None),
+}
+
+
+@pytest.mark.skipif(not RUNS, reason="needs a GPU or the interpreter")
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_decoding_is_bit_for_bit_that_of_torch(name: str, dtype: torch.dtype) -> None:
+    form, zero, run = FORMATS[name]
+    if _ops.INTERPRETED and (dtype == torch.bfloat16 or form.compute == "bfloat16"):
+        pytest.skip("the interpreter truncates to bfloat16, a GPU rounds")
+    found = parts(form, 20, 256, zero, run=run)
+    assert decoding.supports(torch.empty(1, 256, dtype=dtype, device=DEVICE), *found, form) is None
+    assert torch.equal(decoding.decode_on_device(*found, form, dtype), decode(*found, form, dtype))
+
+
+@pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
+def test_kernels_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "decoding"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_tiles_have_one_scale() -> None:
+    def tile(form: Format, k: int, run: int | None = None) -> int | None:
+        shape = (16, k * form.bits // 8) if run is None else (16, k // 2 // run, run)
+        return few.tile_of(torch.empty(shape, dtype=torch.uint8), form)
+
+    assert tile(Format(8, "uint", 1, 2560), 2560) == 128
+    assert tile(Format(8, "uint", 1, 32), 2560) == 32
+    assert tile(Format(4, "uint", 1, 128), 2560) == 64
+    assert tile(Format(4, "uint", 1, 64), 2560) == 32
+    assert tile(Format(4, "uint", 1, 32), 2560) is None
+    assert tile(Format(4, "uint", 1, 128, nibbles="half"), 2560, 64) == 64
+    assert tile(Format(4, "uint", 1, 32, nibbles="half"), 2560, 32) == 32
+    assert tile(Format(4, "uint", 1, 2560, nibbles="rows"), 2560) is None
+    assert tile(Format(8, "uint", 1, 100), 100) is None
+
+
+def compiled(form: Format, found: Parts, rows: int, dtype: torch.dtype, chosen: few.Config) -> dict[str, str]:
+    """The kernel for sm_90, without a GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    codes, scale, zero, lut = found
+    _, k = weight_shape(codes, form)
+    x = torch.empty(rows, k, dtype=dtype)
+    assert few.no_layout(x, codes, scale, zero, lut, form) is None
+    known = few.constants(x, codes, zero, None, form, chosen) | ({"M": 1} if rows == 1 else {})
+    short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8"}
+    pairs = form.bits == 4 and known["RUN"] == 0
+    kinds = {
+        "x": "*i32" if pairs else f"*{short[dtype]}", "codes": f"*{short.get(codes.dtype, 'i8')}",
+        "out": "*fp32" if chosen.parts > 1 else f"*{short[dtype]}", "M": "i32", "N": "i32",
+        **{name: f"*{short[(scale if part is None else part).dtype]}"
+           for name, part in (("scale", scale), ("zero", zero), ("lut", lut), ("bias", None))},
+    }  # fmt: skip
+    names = few.kernel.arg_names
+    signature = {name: "constexpr" if name in known else kinds[name] for name in names}
+    constants = {(names.index(name),): value for name, value in known.items()}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in known and name != "M"}
+    source = GluonASTSource(fn=few.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    done = _ops.triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": chosen.warps})
+    return {"ptx": done.asm["ptx"], "ttgir": done.asm["ttgir"]}
+
+
+COMPILED = {
+    "int8": (Format(8, "int", 1, 512), None, None, 1, few.Config(16, 4)),
+    "fp8_parts": (Format(8, "fp8_e4m3", 16, 512), None, None, 8, few.Config(16, 4, parts=2)),
+    "uint8_groups_uneven": (Format(8, "uint", 1, 128), torch.float32, None, 16, few.Config(16, 8)),
+    "int4_zero": (Format(4, "uint", 1, 128), torch.float16, None, 5, few.Config(16, 4, ahead=1, unroll=1)),
+    "int4_half_zero": (Format(4, "uint", 1, 128, 0, "half_high"), torch.float16, 64, 1, few.Config(16, 4)),
+    "nf4": (Format(4, "lut16", 1, 64, nibbles="high"), None, None, 32, few.Config(32, 4)),
+}
+
+
+@pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED or bool(MISSING), reason="compiles Gluon")
+@pytest.mark.parametrize("name", COMPILED)
+def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str) -> None:
+    form, zero, run, rows, chosen = COMPILED[name]
+    dtype = torch.bfloat16 if rows == 1 else torch.float16
+    found = parts(form, 16, 1536 if form.group == 128 else 512, zero, run=run)
+    if DEVICE == "cuda":
+        found = tuple(None if part is None else part.cpu() for part in found)  # type: ignore[assignment]
+    ptx = compiled(form, found, rows, dtype, chosen)["ptx"]
+    assert "mma.sync.aligned.m16n8k16" in ptx
+    loop, _ = ptx.rsplit("mma.sync", 1)
+    assert "st.shared" not in loop and "bar.sync" not in loop, "a layout is converted in the loop"
+    assert "evict_first" in ptx and "ld.global.v4.b32" in ptx, "activations are read in pieces"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype, rows", [(torch.float16, 1), (torch.bfloat16, 12), (torch.float16, 40)])
+def test_a_few_rows_times_codes(name: str, dtype: torch.dtype, rows: int) -> None:
+    form, zero, run = FORMATS[name]
+    found = parts(form, 100 if form.rows in (1, 128) else 20, 256, zero, run=run)
+    x = torch.randn(rows, 256, device=DEVICE).to(dtype)
+    if reason := few.supports(x, *found, form):
+        pytest.skip(reason)
+    codes, scale, zeros, table = found
+    exact_form = form._replace(compute="float32")
+    rounded = [None if p is None else p.to(COMPUTE[form.compute]).float() for p in (scale, zeros)]
+    exact = x.double() @ decode(codes, rounded[0], rounded[1], table, exact_form, torch.float64).t()
+    if form.arithmetic == "output":
+        exact = exact * scale.flatten().double()
+    theirs = x @ decode(*found, form, dtype).t()
+    theirs = (theirs * scale.flatten()).to(dtype) if form.arithmetic == "output" else theirs
+    found_error, their_error = ((y.double() - exact).abs() for y in (few.rows_linear(x, *found, None, form), theirs))
+    assert found_error.max() <= 2 * their_error.max() + 1e-3 * exact.abs().max() * torch.finfo(dtype).eps
+    assert found_error.square().mean() <= 4 * their_error.square().mean()
