@@ -17,8 +17,8 @@ from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.norm import match_norm, strip_casts
 from torch_fuse.graph.residual import match_residual
 from torch_fuse.graph.skip import reads_projected
-from torch_fuse.options import Options
 from torch_fuse.graph.subclass import is_packed
+from torch_fuse.options import Options
 
 KINDS = ("attention", "norm_linear", "combine", "dequant")
 _VIEWS = {
