@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._hopper_flash_kernel import MISSING, gl
+from ._hopper_flash_tiles import MISSING, gl
 from ._hopper_gemm_kernel import kernel
 
 __all__ = ["CONFIGS", "MISSING", "Config", "call", "cannot_read", "config", "descriptor", "kernel", "stages_that_fit"]

@@ -1,6 +1,6 @@
 """The epilogues of `_hopper_gemm_kernel`, in Triton's Gluon."""
 
-from ._hopper_flash_kernel import MISSING, gl, gluon
+from ._hopper_flash_tiles import MISSING, gl, gluon
 
 if not MISSING:
     from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma

@@ -2,7 +2,7 @@
 
 # ruff: noqa: RUF005 (Gluon has no starred lists)
 
-from ._hopper_flash_kernel import MISSING, _next, async_load, gl, gluon
+from ._hopper_flash_tiles import MISSING, async_load, gl, gluon, next_stage
 
 if not MISSING:
     from triton.experimental.gluon.language.nvidia.hopper import (
@@ -64,7 +64,7 @@ def _produce(y, w, x, places, barriers, items, rows, N: gl.constexpr, STEPS: gl.
                 async_load(w, [n, k * BLOCK_K], full.index(stage), w_s.index(stage))
             else:
                 async_load(w, [k * BLOCK_K, n], full.index(stage), w_s.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
             if x is not None:  # noqa: SIM102 (known when it is compiled)
                 if k == X_AT:
                     for i in gl.static_range(GROUPS):
@@ -137,7 +137,7 @@ def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, i
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index(last), count=1, pred=k > 0)
             last = stage
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
             if k == FREED:
                 if bias is not None:
                     v_s.index(GROUP * LANES).store(bias_lanes)
