@@ -175,10 +175,20 @@ def check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
         raise Miss("query and key have different dtypes", key.result)
     if tensor(query.source).dtype != tensor(key.source).dtype:  # type: ignore[union-attr]
         raise Miss("query and key are projected to different dtypes", key.result)
-    if tensor(query.source).dtype != torch.float64 and (_in_float64(query) or _in_float64(key)):  # type: ignore[union-attr]
+    if any(_needs_float64(heads) for heads in (query, key)):
         raise Kept("it is computed in float64 from lower precision, which no kernel does", query.result)
     for heads in (query, key):  # one table may be read along other axes: by position, and by head
         check_table_axes(heads)
+
+
+def _needs_float64(heads: Heads) -> bool:
+    """Whether float64 from lower precision shows in the result: not where the rotation alone is, rounded to 16 bits."""
+    source, result = tensor(heads.source), tensor(heads.result)
+    assert source is not None and result is not None
+    if source.dtype == torch.float64 or not _in_float64(heads):
+        return False
+    normed = () if heads.norm is None else map(tensor, heads.norm.nodes)
+    return result.dtype.itemsize > 2 or any(t is not None and t.dtype == torch.float64 for t in normed)
 
 
 def _in_float64(heads: Heads) -> bool:
