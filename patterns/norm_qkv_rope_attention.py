@@ -26,7 +26,7 @@ from torch_fuse.graph.cache import appended
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.heads import Axes, Heads, match_heads
 from torch_fuse.graph.miss import Kept, Miss
-from torch_fuse.graph.unrotated import not_understood
+from torch_fuse.graph.unrotated import joins_samples, not_understood
 from torch_fuse.graph.values import equal, size_hint, static_int, tensor
 from torch_fuse.kernels import qk_norm_rope
 from torch_fuse.options import Options
@@ -59,6 +59,8 @@ class NormQkvRopeAttention(Pattern):
         key = match_heads(appended(unrepeated, view.order, anchor), view.order, view.fake_mode, known)
         if query.rope is None and key.rope is None:
             _check_nothing_missed(attention.query, attention.key)
+            if query.norm is not None or key.norm is not None:
+                raise Kept("query or key is normalised and not rotated: Inductor does that in one kernel", anchor)
             return None
         check_same_rope(query, key, view)
         if not _same_norm(query, key):
@@ -150,6 +152,8 @@ def _check_nothing_missed(*values: Node) -> None:
     """Raises Miss when query or key, in which no rotation was found, may have one that is not understood."""
     for value in values:
         found = not_understood(value)
+        if found is not None and joins_samples(value):
+            raise Miss("the samples of query or key are computed one by one and joined: they may be rotated", found)
         if found is not None:
             name = getattr(found.target, "__name__", found.target)
             raise Miss(f"query or key is computed with {name}, which is not understood: it may be rotated", found)
