@@ -91,13 +91,11 @@ def compiled(model: WanTransformer3DModel, backend: str, args: argparse.Namespac
     """The model as a consistency model, compiled; this is all that a user of torch_fuse changes."""
     if backend == "eager":
         return Denoiser(model)
-    how: dict[str, Any] = {"backend": backend}
-    if backend == "fuse" and args.lossy:
-        how["options"] = {"lossy": args.lossy}
+    options = {"lossy": args.lossy} if backend == "fuse" and args.lossy else None
     if not args.repeated_blocks:
-        return torch.compile(Denoiser(model), dynamic=False, **how)
+        return torch.compile(Denoiser(model), backend=backend, options=options, dynamic=False)
     model = copy.deepcopy(model)
-    model.compile_repeated_blocks(dynamic=False, **how)
+    model.compile_repeated_blocks(backend=backend, options=options, dynamic=False)
     return Denoiser(model)
 
 
