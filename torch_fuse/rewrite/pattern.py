@@ -68,6 +68,8 @@ class Pattern:
             that look at what goes into it. Within a stage the order is alphabetical.
         op: qualified name of the op that it emits, or "" when it emits PyTorch's own operators.
         needs_kernel: False when the rewrite uses PyTorch's own operators only and wins on every device.
+        across_autocast: True when autocast changes no operator that it emits, so that a match may reach from where
+            autocast is on to where it is off.
     """
 
     name: ClassVar[str] = ""
@@ -75,6 +77,7 @@ class Pattern:
     stage: ClassVar[Stage] = "fuse"
     op: ClassVar[str] = ""
     needs_kernel: ClassVar[bool] = True
+    across_autocast: ClassVar[bool] = False
 
     @property
     def summary(self) -> str:
