@@ -4,9 +4,9 @@
     weights = exp2(scores * scale - unit + log2(448))   FP8; unit: the largest score of the row in this tile of keys
     sums = sums * decay + weights @ v8                  FP8 tensor cores over one tile; from tile to tile in fp32
 
-The unit is a tile's own, so that its weights fill FP8's range wherever the largest of all scores is; `decay` changes the
-sums from one tile's unit, and its values' scale, to the next's, in the multiplication that rescales them anyway. Units
-stay within 2^-24 of the largest, so that sums stay finite. (SageAttention2: Zhang et al., arXiv:2411.10958.)
+The unit is a tile's own, so that its weights fill FP8's range wherever the largest of all scores is; `decay` changes
+the sums from one tile's unit, and its values' scale, to the next's, in the multiplication that rescales them anyway.
+Units stay within 2^-24 of the largest, so that sums stay finite. (SageAttention2: Zhang et al., arXiv:2411.10958.)
 
 Warps and tiles are as in `_hopper_flash`.
 """

@@ -65,7 +65,7 @@ def _multiply_values(p, v_s, stage, layout: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _pack(p, N: gl.constexpr):
-    """Four weights as FP8 in 32 bits, each where it is: the values' keys are in this order, too (`order_of_keys`)."""
+    """Four weights as FP8 in 32 bits, each where it is: the values' keys are in this order (`_quantise`)."""
     even, odd = gl.split(p.reshape([64, N // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)))
     even1, even2 = gl.split(even)
     odd1, odd2 = gl.split(odd)

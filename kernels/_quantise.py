@@ -4,16 +4,16 @@
     q' = q8 * scale of its row        k' = k8 * scale of its tile             v = v8 * scale of its tile
 
 - mean: of the keys (SageAttention, Zhang et al., arXiv:2410.02367): a constant in all scores of a query is nothing.
-- balance: powers of two that make query and key equally large in each lane (SmoothQuant, Xiao et al., arXiv:2211.10438).
+- balance: powers of two that make query and key equally large in a lane (SmoothQuant, Xiao et al., arXiv:2211.10438).
 - H: Hadamard's matrix over 32 lanes, which spreads an outlier over them (QuaRot, Ashkboos et al., arXiv:2404.00456).
 
-None of them changes the scores, whatever mean and balance are, so both are taken of up to 128 rows, evenly spread over
-the sequence. FP8 is a floating-point format: a scale for each tile of keys is as good as one for each lane, and needs no
+None of them changes the weights, whatever mean and balance are, so both are taken of 128 rows, evenly spread over the
+sequence. FP8 is a floating-point format: a scale for each tile of keys is as good as one for each lane, and needs no
 pass over the values before.
 
-- q8 [B * H * q_rows, lanes], k8 [B * H_kv * k_rows, lanes], int8: rows padded to whole tiles, lanes to a multiple of 32.
-- v8 [B * H_kv * D, k_rows], float8_e4m3fn: transposed; of each 16 keys, those at 4t + 2j + e are 8j + 2t + e, the order
-  in which a thread has scores and, for the second product, wants weights.
+- q8 [B * H * q_rows, lanes], k8 [B * H_kv * k_rows, lanes], int8: rows padded to whole tiles, lanes to whole 32s.
+- v8 [B * H_kv * D, k_rows], float8_e4m3fn: transposed; of each 16 keys, those at 4t + 2j + e are 8j + 2t + e, the
+  order in which a thread has scores and, for the second product, wants weights.
 - q_scale [B * H * q_rows], fp32: with the softmax's scale and log2(e).
 - kv_scale [B * H_kv * k_rows / tile, 2], fp32: the keys' scale and log2 of the values'.
 
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._ops import tl, triton
+from ._ops import INTERPRETED, tl, triton
 
 SAMPLES = 128
 LOG2_E = 1.4426950408889634
@@ -96,10 +96,19 @@ def _rounded(x):
 
 
 @triton.jit
+def to_fp8(x, INTERPRETED: tl.constexpr):
+    """Rounded to nearest. Triton's interpreter loses the carry where that makes the exponent larger."""
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
+    return x.to(tl.float8e4nv)
+
+
+@triton.jit
 def quantise_kernel(q, k, v, found, q8, k8, v8, q_scale, kv_scale, q_length, length, q_rows, k_rows, q_programs,
                     k_programs, factor, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, H: tl.constexpr,
                     GROUP: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-                    ROWS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+                    ROWS: tl.constexpr, TILE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """A tile of queries, of keys or of values a program."""
     pid = tl.program_id(0)
     lane = tl.arange(0, WIDTH)
@@ -143,7 +152,7 @@ def quantise_kernel(q, k, v, found, q8, k8, v8, q_scale, kv_scale, q_length, len
         scale = (tl.maximum(tl.max(tl.abs(x)), least) + tl.sum(x * 0.0)) / 448.0
         x = tl.trans(tl.minimum(tl.maximum(x / scale, -448.0), 448.0))
         at = (pair.to(tl.int64) * D + lane)[:, None] * k_rows + tile * TILE + place[None, :]
-        tl.store(v8 + at, x.to(tl.float8e4nv), (lane < D)[:, None])
+        tl.store(v8 + at, to_fp8(x, INTERPRETED), (lane < D)[:, None])
         tl.store(kv_scale + (pair * tiles + tile) * 2 + 1, tl.log2(scale))
 
 
@@ -184,5 +193,6 @@ def calls(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: int, found: Tenso
     return [
         (statistics_kernel, pairs, first, {**shared, "WIDTH": width, "SAMPLES": SAMPLES, "num_warps": 8}),
         (quantise_kernel, q_programs + 2 * k_programs, second,
-         {**shared, "LANES": to.q8.shape[1], "WIDTH": width, "ROWS": ROWS, "TILE": tile, "num_warps": 4}),
+         {**shared, "LANES": to.q8.shape[1], "WIDTH": width, "ROWS": ROWS, "TILE": tile, "INTERPRETED": INTERPRETED,
+          "num_warps": 4}),
     ]  # fmt: skip

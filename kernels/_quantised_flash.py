@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ._ops import tl, triton
-from ._quantise import Quantised
+from ._ops import INTERPRETED, tl, triton
+from ._quantise import Quantised, to_fp8
 
 TILE = 64  # keys
 BLOCK_M = 64
@@ -14,7 +14,7 @@ BLOCK_M = 64
 @triton.jit
 def kernel(q8, k8, v8, q_scale, kv_scale, out, q_length, length, q_rows, k_rows, H: tl.constexpr,
            GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-           BLOCK_M: tl.constexpr, N: tl.constexpr):  # fmt: skip
+           BLOCK_M: tl.constexpr, N: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """A tile of queries of one head a program."""
     tiles = tl.cdiv(q_length, BLOCK_M)
     pair, tile = tl.program_id(0) // tiles, tiles - 1 - tl.program_id(0) % tiles
@@ -55,7 +55,7 @@ def kernel(q8, k8, v8, q_scale, kv_scale, out, q_length, length, q_rows, k_rows,
         total = total * decay + tl.sum(p, 1)
         v_at = (kv.to(tl.int64) * D + lane)[:, None] * k_rows + first + place[None, :]
         v = tl.load(v8 + v_at, (lane < D)[:, None], 0.0)
-        p8 = tl.minimum(p, 448.0).to(tl.float8e4nv)
+        p8 = to_fp8(tl.minimum(p, 448.0), INTERPRETED)
         acc = acc * (decay * tl.exp2(v_log - new_v_log))[:, None] + tl.dot(p8, tl.trans(v))
         unit, v_log = new_unit, new_v_log
     acc = acc * (tl.exp2(v_log + tl.zeros([BLOCK_M], tl.float32)) / total)[:, None]
@@ -64,13 +64,16 @@ def kernel(q8, k8, v8, q_scale, kv_scale, out, q_length, length, q_rows, k_rows,
              (row < q_length)[:, None] & (lane < D)[None, :])  # fmt: skip
 
 
-def call(q: Tensor, k: Tensor, is_causal: bool, quantised: Quantised, out: Tensor) -> tuple[int, list[Any], dict[str, Any]]:
+def call(
+    q: Tensor, k: Tensor, is_causal: bool, quantised: Quantised, out: Tensor
+) -> tuple[int, list[Any], dict[str, Any]]:
     """How to launch `kernel`: grid, arguments and constants."""
     batch, heads, q_length, dim = q.shape
     lanes = quantised.q8.shape[1]
     arguments = [*quantised, out, q_length, k.shape[2], quantised.q8.shape[0] // (batch * heads), quantised.v8.shape[1]]
     constants = {
         "H": heads, "GROUP": heads // k.shape[1], "CAUSAL": is_causal, "D": dim, "LANES": lanes,
-        "WIDTH": triton.next_power_of_2(dim), "BLOCK_M": BLOCK_M, "N": TILE, "num_warps": 4, "num_stages": 3,
+        "WIDTH": triton.next_power_of_2(dim), "BLOCK_M": BLOCK_M, "N": TILE,
+        "INTERPRETED": INTERPRETED, "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
     return -(-q_length // BLOCK_M) * batch * heads, arguments, constants

@@ -2,16 +2,16 @@
 
     out = softmax(q @ k.T * scale) @ v, to about 4 % (the error's norm by the result's), cosine 0.9993
 
-`_quantise` says what is rounded and how, `_hopper_quantised` how it is multiplied; docs/notes/quantised_attention.md has
-the errors. After SageAttention2 (Zhang et al., arXiv:2411.10958).
+`_quantise` says what is rounded and how, `_hopper_quantised` how it is multiplied; docs/notes/quantised_attention.md
+has the errors. After SageAttention2 (Zhang et al., arXiv:2411.10958).
 
 - q [B, H, S_q, D]; k, v [B, H_kv, S_k, D], H a multiple of H_kv: each key head serves H / H_kv query heads.
-  bfloat16 and float16 on a GPU with FP8 (compute capability 8.9 and later), D in `HEAD_DIMS`, last stride 1; the rest by
-  `reference`, which rounds likewise.
+  bfloat16 and float16 on a GPU with FP8 (compute capability 8.9 and later), D in `HEAD_DIMS`, last stride 1; the rest
+  by `reference`, which rounds likewise.
 - is_causal: query i attends to keys 0 to i; needs S_q == S_k.
 - scale: factor of the scores.
-- Returns [B, H, S_q, D] in q's dtype, as the transpose of a contiguous [B, S_q, H, D]. A head with anything not finite in
-  what it reads is NaN, wholly or in part.
+- Returns [B, H, S_q, D] in q's dtype, as the transpose of a contiguous [B, S_q, H, D]. What reads anything not finite
+  is NaN, and the rest of its head may be: statistics are a head's, scales a tile's.
 - Gradients are those of the exact attention, computed anew from q, k and v as they are (straight-through).
 - Raises ValueError, naming the argument, its value and what is allowed.
 
@@ -195,9 +195,7 @@ def _fake_gradients(
     return dq, dk, dv
 
 
-quantised_attention_backward = define_opaque_op(
-    "torch_fuse::quantised_attention_backward", _gradients, _fake_gradients
-)
+quantised_attention_backward = define_opaque_op("torch_fuse::quantised_attention_backward", _gradients, _fake_gradients)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
