@@ -31,7 +31,7 @@ from torch import Tensor
 from torch_fuse._compat import likely
 
 from . import _hopper_quantised, _quantise, _quantised_flash
-from ._attention_arguments import check_heads, refusal, require
+from ._attention_arguments import DTYPES, check_heads, refusal, require
 from ._flash import output
 from ._ops import INTERPRETED, Launch, define_opaque_op, on_device_of
 
@@ -179,12 +179,29 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Ten
 def _gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        gqa = bool(q.shape[1] != k.shape[1])
-        out = F.scaled_dot_product_attention(*leaves, is_causal=is_causal, scale=scale, enable_gqa=gqa)
-    found = torch.autograd.grad(out, leaves, grad)
-    dq, dk, dv = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in found)
+    """By PyTorch's FlashAttention on a GPU, written out elsewhere: an op's body cannot ask autograd."""
+    (batch, kv, length, dim), group = k.shape, q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
+    if q.is_cuda and q.dtype in DTYPES and q.numel():
+        ops = torch.ops.aten
+        out, *saved = ops._scaled_dot_product_flash_attention(q, keys, values, 0.0, is_causal, False, scale=scale)
+        lse, starts_q, starts_k, max_q, max_k, seed, offset, _ = saved
+        dq, dk, dv = ops._scaled_dot_product_flash_attention_backward(
+            grad, q, keys, values, out, lse, starts_q, starts_k, max_q, max_k, 0.0, is_causal, seed, offset, scale=scale
+        )
+    else:
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        g, queries, keys, values = (x.to(dtype) for x in (grad, q, keys, values))
+        scores = queries @ keys.mT * scale
+        if is_causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+        weights = scores.softmax(-1)
+        dv = weights.mT @ g
+        d_weights = g @ values.mT
+        d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) * scale
+        dq, dk = d_scores @ keys, d_scores.mT @ queries
+    dk, dv = (x.reshape(batch, kv, group, length, dim).sum(2) for x in (dk, dv))
+    dq, dk, dv = (output(x).copy_(found.transpose(1, 2)).transpose(1, 2) for x, found in ((q, dq), (k, dk), (v, dv)))
     return dq, dk, dv
 
 

@@ -5,7 +5,7 @@ After:  torch_fuse.quantised_attention(q, k, v, is_causal, scale)
 
 For video and image models (Wan, FLUX, Stable Diffusion), encoders and prefill, whose attention is bound by its products
 or by its exponentials. In bfloat16 and float16, head_dim 64, 80, 96 or 128; repeated key and value heads (grouped-query
-attention) are read unrepeated. Gradients are the exact attention's. What it leaves goes to `dense_attention` or PyTorch.
+attention) are read unrepeated. Gradients are those of exact attention. What it leaves is left to `dense_attention`.
 """
 
 from __future__ import annotations
