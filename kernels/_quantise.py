@@ -105,55 +105,82 @@ def to_fp8(x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def _load(x, b, h, row, length, stride_b, stride_h, stride_s, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of a head in fp32, zero past its length and lanes."""
+    lane = tl.arange(0, WIDTH)
+    stored = (row < length)[:, None] & (lane < D)[None, :]
+    return tl.load(x + _offsets(b, h, row, lane, stride_b, stride_h, stride_s), stored, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _query(q, found, q8, q_scale, program, q_length, q_rows, factor, q_b, q_h, q_s, H: tl.constexpr,
+           GROUP: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
+           ROWS: tl.constexpr):  # fmt: skip
+    lane = tl.arange(0, WIDTH)
+    tiles = q_rows // ROWS
+    pair, row = program // tiles, program % tiles * ROWS + tl.arange(0, ROWS)
+    b, h = pair // H, pair % H
+    balance = tl.load(found + ((b * (H // GROUP) + h // GROUP) * 3 + 1) * WIDTH + lane)
+    x = _load(q, b, h, row, q_length, q_b, q_h, q_s, D, WIDTH)
+    x = _rotated(x * balance[None, :], ROWS, WIDTH)
+    scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-15) + tl.sum(x * 0.0, 1)
+    at = pair.to(tl.int64) * q_rows + row
+    tl.store(q8 + at[:, None] * LANES + lane[None, :], _rounded(x * (127.0 / scale)[:, None]), (lane < LANES)[None, :])
+    tl.store(q_scale + at, scale * (factor / (127.0 * 32.0)))
+
+
+@triton.jit
+def _key(k, found, k8, kv_scale, program, length, k_rows, k_b, k_h, k_s, KV: tl.constexpr, D: tl.constexpr,
+         LANES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    lane = tl.arange(0, WIDTH)
+    tiles = k_rows // TILE
+    pair, tile = program // tiles, program % tiles
+    row = tile * TILE + tl.arange(0, TILE)
+    mean = tl.load(found + pair * 3 * WIDTH + lane)
+    balance = tl.load(found + (pair * 3 + 1) * WIDTH + lane)
+    x = _load(k, pair // KV, pair % KV, row, length, k_b, k_h, k_s, D, WIDTH)
+    x = tl.where((row < length)[:, None], (x - mean[None, :]) / balance[None, :], 0.0)
+    x = _rotated(x, TILE, WIDTH)
+    scale = tl.maximum(tl.max(tl.abs(x)), 1e-15) + tl.sum(x * 0.0)
+    at = pair.to(tl.int64) * k_rows + row
+    tl.store(k8 + at[:, None] * LANES + lane[None, :], _rounded(x * (127.0 / scale)), (lane < LANES)[None, :])
+    tl.store(kv_scale + program * 2, scale / 127.0)
+
+
+@triton.jit
+def _value(v, found, v8, kv_scale, program, length, k_rows, v_b, v_h, v_s, KV: tl.constexpr, D: tl.constexpr,
+           WIDTH: tl.constexpr, TILE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    lane = tl.arange(0, WIDTH)
+    tiles = k_rows // TILE
+    pair, tile = program // tiles, program % tiles
+    place = tl.arange(0, TILE)
+    row = tile * TILE + (place & -16) + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2 + (place & 1)
+    x = _load(v, pair // KV, pair % KV, row, length, v_b, v_h, v_s, D, WIDTH)
+    # Not far below the rest: the kernel's sums are in units of this scale.
+    least = tl.maximum(tl.load(found + (pair * 3 + 2) * WIDTH) * 9.5367431640625e-07, 1e-15)
+    scale = (tl.maximum(tl.max(tl.abs(x)), least) + tl.sum(x * 0.0)) / 448.0
+    x = tl.trans(tl.minimum(tl.maximum(x * (1.0 / scale), -448.0), 448.0))
+    at = (pair.to(tl.int64) * D + lane)[:, None] * k_rows + tile * TILE + place[None, :]
+    tl.store(v8 + at, to_fp8(x, INTERPRETED), (lane < D)[:, None])
+    tl.store(kv_scale + program * 2 + 1, tl.log2(scale))
+
+
+@triton.jit
 def quantise_kernel(q, k, v, found, q8, k8, v8, q_scale, kv_scale, q_length, length, q_rows, k_rows, q_programs,
                     k_programs, factor, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, H: tl.constexpr,
                     GROUP: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
                     ROWS: tl.constexpr, TILE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """A tile of queries, of keys or of values a program."""
-    pid = tl.program_id(0)
-    lane = tl.arange(0, WIDTH)
-    if pid < q_programs:
-        tiles = q_rows // ROWS
-        pair, row = pid // tiles, pid % tiles * ROWS + tl.arange(0, ROWS)
-        b, h = pair // H, pair % H
-        stored = (row < q_length)[:, None] & (lane < D)[None, :]
-        x = tl.load(q + _offsets(b, h, row, lane, q_b, q_h, q_s), stored, 0.0).to(tl.float32)
-        of_head = found + (b * (H // GROUP) + h // GROUP) * 3 * WIDTH + lane
-        x = _rotated(x * tl.load(of_head + WIDTH)[None, :], ROWS, WIDTH)
-        scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-15) + tl.sum(x * 0.0, 1)
-        at = pair.to(tl.int64) * q_rows + row
-        tl.store(q8 + at[:, None] * LANES + lane[None, :], _rounded(x * (127.0 / scale)[:, None]),
-                 (lane < LANES)[None, :])  # fmt: skip
-        tl.store(q_scale + at, scale * (factor / (127.0 * 32.0)))
-    elif pid < q_programs + k_programs:
-        tiles = k_rows // TILE
-        pair, tile = (pid - q_programs) // tiles, (pid - q_programs) % tiles
-        row = tile * TILE + tl.arange(0, TILE)
-        b, h = pair // (H // GROUP), pair % (H // GROUP)
-        stored = (row < length)[:, None] & (lane < D)[None, :]
-        x = tl.load(k + _offsets(b, h, row, lane, k_b, k_h, k_s), stored, 0.0).to(tl.float32)
-        of_head = found + pair * 3 * WIDTH + lane
-        x = (x - tl.load(of_head)[None, :]) / tl.load(of_head + WIDTH)[None, :]
-        x = _rotated(tl.where(stored, x, 0.0), TILE, WIDTH)
-        scale = tl.maximum(tl.max(tl.abs(x)), 1e-15) + tl.sum(x * 0.0)
-        at = pair.to(tl.int64) * k_rows + row
-        tl.store(k8 + at[:, None] * LANES + lane[None, :], _rounded(x * (127.0 / scale)), (lane < LANES)[None, :])
-        tl.store(kv_scale + (pair * tiles + tile) * 2, scale / 127.0)
+    program = tl.program_id(0)
+    if program < q_programs:
+        _query(q, found, q8, q_scale, program, q_length, q_rows, factor, q_b, q_h, q_s, H, GROUP, D, LANES, WIDTH,
+               ROWS)  # fmt: skip
+    elif program < q_programs + k_programs:
+        _key(k, found, k8, kv_scale, program - q_programs, length, k_rows, k_b, k_h, k_s, H // GROUP, D, LANES, WIDTH,
+             TILE)  # fmt: skip
     else:
-        tiles = k_rows // TILE
-        pair, tile = (pid - q_programs - k_programs) // tiles, (pid - q_programs - k_programs) % tiles
-        place = tl.arange(0, TILE)
-        row = tile * TILE + (place & -16) + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2 + (place & 1)
-        b, h = pair // (H // GROUP), pair % (H // GROUP)
-        stored = (row < length)[:, None] & (lane < D)[None, :]
-        x = tl.load(v + _offsets(b, h, row, lane, v_b, v_h, v_s), stored, 0.0).to(tl.float32)
-        # Not far below the rest: the kernel's sums are in units of this scale.
-        least = tl.maximum(tl.load(found + pair * 3 * WIDTH + 2 * WIDTH) * 9.5367431640625e-07, 1e-15)
-        scale = (tl.maximum(tl.max(tl.abs(x)), least) + tl.sum(x * 0.0)) / 448.0
-        x = tl.trans(tl.minimum(tl.maximum(x / scale, -448.0), 448.0))
-        at = (pair.to(tl.int64) * D + lane)[:, None] * k_rows + tile * TILE + place[None, :]
-        tl.store(v8 + at, to_fp8(x, INTERPRETED), (lane < D)[:, None])
-        tl.store(kv_scale + (pair * tiles + tile) * 2 + 1, tl.log2(scale))
+        _value(v, found, v8, kv_scale, program - q_programs - k_programs, length, k_rows, v_b, v_h, v_s, H // GROUP,
+               D, WIDTH, TILE, INTERPRETED)  # fmt: skip
 
 
 ROWS = 64  # queries a program
