@@ -3,6 +3,7 @@
 # ruff: noqa: RUF005 (Gluon has no starred lists)
 
 from ._hopper_flash_kernel import MISSING, _next, _place, gl, gluon
+from ._hopper_weights import after, before_products, keep, operand, pack, sums_of_threads
 
 if not MISSING:
     from ._hopper_flash_kernel import async_load, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
@@ -64,70 +65,6 @@ def _multiply_values(p, v_s, stage, layout: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def _pack(p, N: gl.constexpr):
-    """Four weights as FP8 in 32 bits, each where it is: the values' keys are in this order (`_quantise`)."""
-    even, odd = gl.split(p.reshape([64, N // 16, 2, 4, 2]).permute((0, 1, 3, 2, 4)))
-    even1, even2 = gl.split(even)
-    odd1, odd2 = gl.split(odd)
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""", "=r,f,f,f,f", [even1, odd1, even2, odd2], dtype=gl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _operand(packed, layout: gl.constexpr, N: gl.constexpr):
-    """The packed weights as an operand. Carried as 8-bit values, the compiler would take each out of its register."""
-    pairs = gl.join(packed, packed)
-    bits = gl.convert_layout(gl.join(pairs, pairs).reshape([64, N]), layout, assert_trivial=True)
-    return gl.inline_asm_elementwise(
-        "", "=r,0,r,r,r", [bits], dtype=gl.float8e4nv, is_pure=False, pack=4
-    )  # fmt: skip
-
-
-@gluon.jit
-def _after(packed, nothing):
-    """The same, written here: a register of a product's operand written under another one makes both wait."""
-    return gl.inline_asm_elementwise(
-        "xor.b32 $0, $1, $2;", "=r,r,r", [packed, nothing], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _keep(packed):
-    """Uses weights, so that their registers are not written before: the wait for products takes no 8-bit values."""
-    gl.inline_asm_elementwise("", "=r,0", [packed], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _sums(p, N: gl.constexpr):
-    """Sums of each thread's own weights of a row; the four threads of a row are summed at the end."""
-    return gl.sum(gl.sum(p.reshape([64, N // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _before_products(total):
-    """Puts the exponentials before the wait for products under which they run: the assembler would wait first.
-
-    The store, which never happens (sums are not negative), is what it does not move across a wait.
-    """
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred never;
-        .reg .b32 at;
-        mov.b32 at, 0;
-        setp.lt.f32 never, $1, 0f00000000;
-        @never st.shared.f32 [at], $1;
-        mov.b32 $0, $1;
-        }""", "=f,f", [total], dtype=gl.float32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s, v1_s, v2_s, q_full, q_empty, k_full,
              k_empty, v_full, v_empty, first_item, items, step, batch, q_length, length, q_rows, k_rows, together,
              H: gl.constexpr, HEADS_OF_KEY: gl.constexpr, CAUSAL: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
@@ -174,8 +111,8 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
         top = unit
         shift = gl.where(unit == -float("inf"), 0.0, unit - 8.807354922057604)  # the largest weight is 448
         p = gl.exp2(gl.fma(s, gl.expand_dims(scale, 1), -shift[:, None]))
-        total = _sums(p, N)
-        packed = _pack(p, N)
+        total = sums_of_threads(p, N)
+        packed = pack(p, N)
         acc1 = gl.zeros([64, D1], gl.float32, layout=layout1)
         if D2 > 0:
             acc2 = gl.zeros([64, D2], gl.float32, layout=layout2)
@@ -185,8 +122,8 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
             scale = row_scale * gl.load(scales)
             new_v_log = gl.load(scales + 1)
             mbarrier.wait(k_full.index(k_stage), k_phase)
-            p1 = _operand(packed, p_layout1, N)
-            p2 = _operand(packed, p_layout2, N)
+            p1 = operand(packed, p_layout1, N)
+            p2 = operand(packed, p_layout2, N)
             scores = _multiply_scores(q1_s.index(GROUP), q2_s.index(GROUP), k1_s, k2_s, k_stage, s_layout, D2, N)
             mbarrier.wait(v_full.index(v_stage), v_phase)
             sums1 = _multiply_values(p1, v1_s, v_stage, layout1, D1)
@@ -207,38 +144,38 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
             safe = gl.where(new_unit == -float("inf"), 0.0, new_unit)
             p = gl.exp2(gl.fma(s, gl.expand_dims(scale, 1), 8.807354922057604 - safe[:, None]))
             new_decay = gl.exp2(unit - safe)
-            sums = _sums(p, N)
+            sums = sums_of_threads(p, N)
             row_decay = gl.convert_layout(new_decay, gl.SliceLayout(1, sums.type.layout))
-            total = _before_products(gl.fma(total, gl.expand_dims(row_decay, 1), sums))
-            new_packed = _pack(p, N)
+            total = before_products(gl.fma(total, gl.expand_dims(row_decay, 1), sums))
+            new_packed = pack(p, N)
             if D2 > 0:
                 sums1, sums2 = warpgroup_mma_wait(0, deps=[sums1, sums2])
-                _keep(packed)
+                keep(packed)
                 acc2 = gl.fma(acc2, gl.convert_layout(decay, rows2)[:, None], sums2)
             else:
                 sums1 = warpgroup_mma_wait(0, deps=[sums1])
-                _keep(packed)
+                keep(packed)
             mbarrier.arrive(v_empty.index(v_stage), count=1)
             v_stage, v_phase = _next(v_stage, v_phase, STAGES)
             acc1 = gl.fma(acc1, gl.convert_layout(decay, rows1)[:, None], sums1)
-            packed = _after(new_packed, nothing)
+            packed = after(new_packed, nothing)
             decay = new_decay * gl.exp2(v_log - new_v_log)
             unit = new_unit
             v_log = new_v_log
         mbarrier.arrive(q_empty.index(GROUP), count=1)
         mbarrier.wait(v_full.index(v_stage), v_phase)
-        p1 = _operand(packed, p_layout1, N)
-        p2 = _operand(packed, p_layout2, N)
+        p1 = operand(packed, p_layout1, N)
+        p2 = operand(packed, p_layout2, N)
         sums1 = _multiply_values(p1, v1_s, v_stage, layout1, D1)
         factor = gl.exp2(gl.zeros([64], gl.float32, layout=rows) + v_log) / gl.convert_layout(gl.sum(total, 1), rows)
         at = out + (b.to(gl.int64) * q_length * H + h) * (D1 + D2)
         if D2 > 0:
             sums2 = _multiply_values(p2, v2_s, v_stage, layout2, D2)
             sums1, sums2 = warpgroup_mma_wait(0, deps=[sums1, sums2])
-            _keep(packed)
+            keep(packed)
         else:
             sums1 = warpgroup_mma_wait(0, deps=[sums1])
-            _keep(packed)
+            keep(packed)
         mbarrier.arrive(v_empty.index(v_stage), count=1)
         v_stage, v_phase = _next(v_stage, v_phase, STAGES)
         if D2 > 0:

@@ -77,15 +77,16 @@ def statistics_kernel(q, k, v, found, q_length, length, q_b, q_h, q_s, k_b, k_h,
 
 
 @triton.jit
-def _rotated(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """x @ H, for each 32 lanes; H's columns have norm sqrt(32)."""
+def _rotated(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x @ H, for each 32 lanes; H's columns have norm sqrt(32). In bf16, which the interpreter cannot multiply."""
     i = tl.arange(0, 32)
     common = i[:, None] & i[None, :]
     common = common ^ (common >> 4)
     common = common ^ (common >> 2)
     common = common ^ (common >> 1)
-    h = (1 - 2 * (common & 1)).to(tl.float32)
-    y = tl.dot(tl.reshape(x, (ROWS * WIDTH // 32, 32)), h, input_precision="tf32")
+    dtype: tl.constexpr = tl.float32 if INTERPRETED else tl.bfloat16
+    h = (1 - 2 * (common & 1)).to(dtype)
+    y = tl.dot(tl.reshape(x.to(dtype), (ROWS * WIDTH // 32, 32)), h)
     return tl.reshape(y, (ROWS, WIDTH))
 
 
@@ -115,14 +116,14 @@ def _load(x, b, h, row, length, stride_b, stride_h, stride_s, D: tl.constexpr, W
 @triton.jit
 def _query(q, found, q8, q_scale, program, q_length, q_rows, factor, q_b, q_h, q_s, H: tl.constexpr,
            GROUP: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-           ROWS: tl.constexpr):  # fmt: skip
+           ROWS: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     lane = tl.arange(0, WIDTH)
     tiles = q_rows // ROWS
     pair, row = program // tiles, program % tiles * ROWS + tl.arange(0, ROWS)
     b, h = pair // H, pair % H
     balance = tl.load(found + ((b * (H // GROUP) + h // GROUP) * 3 + 1) * WIDTH + lane)
     x = _load(q, b, h, row, q_length, q_b, q_h, q_s, D, WIDTH)
-    x = _rotated(x * balance[None, :], ROWS, WIDTH)
+    x = _rotated(x * balance[None, :], ROWS, WIDTH, INTERPRETED)
     scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-15) + tl.sum(x * 0.0, 1)
     at = pair.to(tl.int64) * q_rows + row
     tl.store(q8 + at[:, None] * LANES + lane[None, :], _rounded(x * (127.0 / scale)[:, None]), (lane < LANES)[None, :])
@@ -131,7 +132,7 @@ def _query(q, found, q8, q_scale, program, q_length, q_rows, factor, q_b, q_h, q
 
 @triton.jit
 def _key(k, found, k8, kv_scale, program, length, k_rows, k_b, k_h, k_s, KV: tl.constexpr, D: tl.constexpr,
-         LANES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+         LANES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     lane = tl.arange(0, WIDTH)
     tiles = k_rows // TILE
     pair, tile = program // tiles, program % tiles
@@ -140,7 +141,7 @@ def _key(k, found, k8, kv_scale, program, length, k_rows, k_b, k_h, k_s, KV: tl.
     balance = tl.load(found + (pair * 3 + 1) * WIDTH + lane)
     x = _load(k, pair // KV, pair % KV, row, length, k_b, k_h, k_s, D, WIDTH)
     x = tl.where((row < length)[:, None], (x - mean[None, :]) / balance[None, :], 0.0)
-    x = _rotated(x, TILE, WIDTH)
+    x = _rotated(x, TILE, WIDTH, INTERPRETED)
     scale = tl.maximum(tl.max(tl.abs(x)), 1e-15) + tl.sum(x * 0.0)
     at = pair.to(tl.int64) * k_rows + row
     tl.store(k8 + at[:, None] * LANES + lane[None, :], _rounded(x * (127.0 / scale)), (lane < LANES)[None, :])
@@ -174,10 +175,10 @@ def quantise_kernel(q, k, v, found, q8, k8, v8, q_scale, kv_scale, q_length, len
     program = tl.program_id(0)
     if program < q_programs:
         _query(q, found, q8, q_scale, program, q_length, q_rows, factor, q_b, q_h, q_s, H, GROUP, D, LANES, WIDTH,
-               ROWS)  # fmt: skip
+               ROWS, INTERPRETED)  # fmt: skip
     elif program < q_programs + k_programs:
         _key(k, found, k8, kv_scale, program - q_programs, length, k_rows, k_b, k_h, k_s, H // GROUP, D, LANES, WIDTH,
-             TILE)  # fmt: skip
+             TILE, INTERPRETED)  # fmt: skip
     else:
         _value(v, found, v8, kv_scale, program - q_programs - k_programs, length, k_rows, v_b, v_h, v_s, H // GROUP,
                D, WIDTH, TILE, INTERPRETED)  # fmt: skip
@@ -221,5 +222,5 @@ def calls(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: int, found: Tenso
         (statistics_kernel, pairs, first, {**shared, "WIDTH": width, "SAMPLES": SAMPLES, "num_warps": 8}),
         (quantise_kernel, q_programs + 2 * k_programs, second,
          {**shared, "LANES": to.q8.shape[1], "WIDTH": width, "ROWS": ROWS, "TILE": tile, "INTERPRETED": INTERPRETED,
-          "num_warps": 4}),
+          "num_warps": 8}),
     ]  # fmt: skip
