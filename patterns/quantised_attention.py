@@ -56,7 +56,7 @@ class QuantisedAttention(Pattern):
         if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
             raise Kept(f"not in 8 bits: dtype is {q.dtype}; allowed: bfloat16, float16", anchor)
         dim, heads = (static_int(q.shape[i]) for i in (3, 1))
-        if dim not in quantised_attention.HEAD_DIMS or not equal(v.shape[3], q.shape[3]):
+        if dim is None or dim not in quantised_attention.HEAD_DIMS or not equal(v.shape[3], q.shape[3]):
             allowed = ", ".join(map(str, quantised_attention.HEAD_DIMS))
             raise Kept(f"not in 8 bits: head_dim is {dim}; allowed: {allowed}", anchor)
         scale = dim**-0.5 if attention.scale is None else attention.scale

@@ -78,47 +78,46 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("dim", module.HEAD_DIMS)
 def test_outliers_cost_no_accuracy(dim: int, is_causal: bool, dtype: torch.dtype) -> None:
-    assert_close(inputs(dim=dim, length=130, dtype=dtype), is_causal)
-    assert_close(inputs(dim=dim, length=70, dtype=dtype, outliers=False), is_causal, scale=0.2)
+    assert_close(inputs(dim=dim, heads=2, kv=1, length=130, dtype=dtype), is_causal)
+    assert_close(inputs(dim=dim, length=33, dtype=dtype, outliers=False), is_causal, scale=0.2)
 
 
-@pytest.mark.parametrize(("length", "keys"), [(1, 1), (1, 300), (63, 64), (64, 65), (65, 63), (191, 129), (300, 1)])
+@pytest.mark.parametrize(("length", "keys"), [(1, 1), (1, 200), (63, 64), (64, 65), (65, 63), (130, 129), (200, 1)])
 def test_any_length(length: int, keys: int) -> None:
-    assert_close(inputs(length=length, keys=keys, heads=4, kv=2, batch=2), False)
-    if length < 192:
+    assert_close(inputs(length=length, keys=keys, heads=2, kv=1), False)
+    if length < 100:
         assert_close(inputs(length=length, heads=1, kv=1, dim=96), True)
 
 
-@settings(max_examples=5 if _ops.INTERPRETED else 40, deadline=None)
+LONGEST = 100 if _ops.INTERPRETED else 300
+
+
+@settings(max_examples=4 if _ops.INTERPRETED else 30, deadline=None)
 @given(st.data())
 def test_any_sizes(data: st.DataObject) -> None:
     kv, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
-    length, causal = data.draw(st.integers(1, 300)), data.draw(st.booleans())
-    keys = length if causal else data.draw(st.integers(1, 300))
+    length, causal = data.draw(st.integers(1, LONGEST)), data.draw(st.booleans())
+    keys = length if causal else data.draw(st.integers(1, LONGEST))
     dim = data.draw(st.sampled_from(module.HEAD_DIMS))
     outliers = data.draw(st.booleans())
     assert_close(inputs(data.draw(st.integers(1, 2)), kv * group, kv, length, keys, dim, outliers=outliers), causal)
 
 
 def test_a_result_is_the_same_every_time_and_reads_its_own_tensors() -> None:
-    first = assert_close(inputs(length=100, heads=4), True)
-    assert_close([x * 0.5 for x in inputs(length=100, heads=4)], True)
-    assert torch.equal(first, assert_close(inputs(length=100, heads=4), True))
+    first = assert_close(inputs(length=70), True)
+    assert_close([x * 0.5 for x in inputs(length=70)], True)
+    assert torch.equal(first, assert_close(inputs(length=70), True))
 
 
+@pytest.mark.skipif(_ops.INTERPRETED, reason="takes minutes")
 def test_weights_far_below_the_largest_still_count() -> None:
-    """The mass of many small weights: against one scale for all, FP8 would lose those below 2^-18 of the largest."""
-    q = torch.zeros(1, 1, 1, 64)
-    k, v = torch.randn(1, 1, 2000, 64) * 0.01, torch.ones(1, 1, 2000, 64)
-    q[..., 0], k[..., 0, 0] = 8.0, 14 * 8 / 8  # one key with exp(14) times the weight of others
-    v[..., 0, :] = -1.0
+    """Many weights of exp(-14): against one scale for all, FP8 would round each to nothing."""
+    q, k, v = torch.zeros(1, 1, 1, 64), torch.randn(1, 1, 40000, 64) * 0.01, torch.ones(1, 1, 40000, 64)
+    q[..., 0], k[..., 0, 0], v[..., 0, :] = 8.0, 14.0, -1.0
     tensors = [x.to(DEVICE, torch.float16) for x in (q, k, v)]
-    keys = 500 if _ops.INTERPRETED else 2000
-    tensors[1:] = [x[:, :, :keys] for x in tensors[1:]]
-    wanted = exact(*tensors, False, 0.125)
-    found = op(*tensors, False, 0.125).double()
-    share = (wanted + 1).mean()  # of the others
-    assert ((found + 1).mean() - share).abs() <= 0.1 * share + 2e-3
+    share = (exact(*tensors, False, 0.125) + 1).mean()  # of all the others
+    assert share > 0.05
+    assert ((op(*tensors, False, 0.125).double() + 1).mean() - share).abs() <= 0.1 * share
 
 
 def test_values_of_very_different_tiles() -> None:
