@@ -25,6 +25,7 @@ from torch_fuse.rewrite.builder import Builder
 
 _DRAWS = 4
 _TAILED = (128, 64, 32, 256, 16)  # sizes of groups and blocks of which the last may be shorter
+_RUNS = (32, 16, 64)  # bytes of which the low halves are a run of columns, and the high ones the next
 _FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 Steps = tuple[tuple[Any, ...], ...]
 
@@ -277,11 +278,15 @@ def _codes(leaf: Node, shape: tuple[int, int]) -> Iterator[tuple[Part, int, str,
         else:
             view = () if found.dtype == torch.uint8 else (("view", torch.uint8),)
             layouts = list(_laid_out(size, n))
-        halves = list(_laid_out(size, n // 2)) if n % 2 == 0 else []
-        for kind in ("uint", "lut16", "int"):
-            for nibbles in NIBBLES:
-                for steps in halves if nibbles.startswith("rows") else layouts:
-                    yield Part(0, (*view, *steps)), 4, kind, nibbles
+        runs = [(*steps, ("unflatten", -1, (-1, run))) for steps in layouts for run in _RUNS if size[-1] > run]
+        places = {
+            "low": layouts,
+            "half": [*layouts, *runs],
+            "rows": list(_laid_out(size, n // 2)) if n % 2 == 0 else [],
+        }
+        for kind, nibbles in itertools.product(("uint", "lut16", "int"), NIBBLES):
+            for steps in places["low" if nibbles == "high" else nibbles.removesuffix("_high")]:
+                yield Part(0, (*view, *steps)), 4, kind, nibbles
 
 
 def _laid_out(size: tuple[int, ...], n: int) -> Iterator[Steps]:

@@ -250,7 +250,8 @@ def closure_of(product: Product, order: Order, peel: bool = True) -> Closure:
     walk.expand(product.weight)
     if len(walk.codes) != 1:
         names = ", ".join(node.name for node in walk.codes)
-        raise Miss(f"the weight is computed from {names or 'nothing that has half a byte or a byte a weight'}")
+        what = f"several tensors that look like codes ({names})" if names else "no tensor of half a byte or a byte each"
+        raise Miss(f"the weight is computed from {what}", product.node)
     nodes = sorted(walk.inside, key=order.index.__getitem__)
     steps = {node: step for node in walk.others if (step := _in_steps(node)) is not None}
     others = [node for node in walk.others if node not in steps]
