@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from torch_fuse._compat import unset_fake_temporarily
-from torch_fuse.graph.dequant import Closure
+from torch_fuse.graph.closure import Closure
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import tensor, tensors, value
 from torch_fuse.kernels.packed_weight import COMPUTE, NIBBLES, Format, decode, weight_shape

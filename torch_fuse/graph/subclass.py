@@ -87,7 +87,7 @@ def trace_linear(x: Node, weight: Node, mode: FakeTensorMode | None) -> Traced:
 
     def linear(x: Tensor, *parts: Tensor) -> Tensor:
         inner = dict(zip(names, parts, strict=True))
-        rebuilt = type(found).__tensor_unflatten__(inner, context, found.shape, found.stride())  # type: ignore
+        rebuilt = type(found).__tensor_unflatten__(inner, context, found.shape, found.stride())
         return F.linear(x, rebuilt)
 
     try:
