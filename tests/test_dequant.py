@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch_fuse import Options
 from torch_fuse.patterns import _packed_formats as formats
 from torch_fuse.patterns._dequant_examples import Quantised, gptq, gptq_forward, int8, make
+from torch_fuse.rewrite.registry import patterns
 
 PATTERN = "dequant_linear"
 
@@ -258,3 +259,14 @@ def test_a_tensor_subclass_that_changes_the_activations_is_left_alone() -> None:
         torch.testing.assert_close(found, layer(x))
     assert rewriter.statuses == {(PATTERN, "missed")}
     assert "changes the activations" in rewriter.report.sites[0].reason
+
+
+def test_few_decoders_run_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    agree = formats._agree
+    monkeypatch.setattr(formats, "_known", {})
+    monkeypatch.setattr(formats, "_agree", lambda *args: decoded.append(1) or agree(*args))
+    example = next(example for example in patterns()[PATTERN].spellings() if example.name == "int4 high first")
+    module, (x,) = example.make(torch.bfloat16)
+    _, rewriter, _ = run(module, x.detach())
+    assert rewriter.statuses == {(PATTERN, "fused")} and len(decoded) <= 40

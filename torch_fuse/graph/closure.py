@@ -110,7 +110,7 @@ def packed_products(nodes: Sequence[Node]) -> list[Node]:
     found = []
     for node in nodes:
         product = match_product(node)
-        if product is not None and call_of(product.weight) is not None and _reads_codes(product):
+        if product is not None and product.weight.op not in ("placeholder", "get_attr") and _reads_codes(product):
             found.append(node)
     return found
 
