@@ -2,11 +2,18 @@
 
 # ruff: noqa: RUF005 (Gluon has no starred lists)
 
-from ._hopper_flash_kernel import MISSING, _next, _place, gl, gluon
+from ._hopper_flash_tiles import (
+    async_load,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    next_stage,
+    place,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from ._hopper_weights import after, before_products, keep, operand, pack, sums_of_threads
-
-if not MISSING:
-    from ._hopper_flash_kernel import async_load, fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 
 @gluon.jit
@@ -22,7 +29,7 @@ def _produce(q1, q2, k1, k2, v1, v2, q1_s, q2_s, k1_s, k2_s, v1_s, v2_s, q_full,
     phase = 1
     q_phase = 1
     for item in range(first_item, items, step):
-        b, h, tile, tiles = _place(item, batch, q_length, length, together, H, CAUSAL, GROUPS, N)
+        b, h, tile, tiles = place(item, batch, q_length, length, together, H, CAUSAL, GROUPS, N)
         kv = b * (H // HEADS_OF_KEY) + h // HEADS_OF_KEY
         for i in gl.static_range(GROUPS):
             row = (b * H + h) * q_rows + (tile * GROUPS + i) * 64
@@ -44,7 +51,7 @@ def _produce(q1, q2, k1, k2, v1, v2, q1_s, q2_s, k1_s, k2_s, v1_s, v2_s, q_full,
             async_load(v1, [kv * (D1 + D2), row], v_full.index(stage), v1_s.index(stage))
             if D2 > 0:
                 async_load(v2, [kv * (D1 + D2) + D1, row], v_full.index(stage), v2_s.index(stage))
-            stage, phase = _next(stage, phase, STAGES)
+            stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -87,7 +94,7 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
     v_phase = 0
     q_phase = 0
     for item in range(first_item, items, step):
-        b, h, tile, tiles = _place(item, batch, q_length, length, together, H, CAUSAL, GROUPS, N)
+        b, h, tile, tiles = place(item, batch, q_length, length, together, H, CAUSAL, GROUPS, N)
         first = (tile * GROUPS + GROUP) * 64
         index = first + gl.arange(0, 64, rows)
         row_scale = gl.load(q_scale + (b * H + h).to(gl.int64) * q_rows + index)
@@ -101,7 +108,7 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
         scores = _multiply_scores(q1_s.index(GROUP), q2_s.index(GROUP), k1_s, k2_s, k_stage, s_layout, D2, N)
         s = warpgroup_mma_wait(0, deps=[scores]).to(gl.float32)
         mbarrier.arrive(k_empty.index(k_stage), count=1)
-        k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+        k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
         key = (tiles - 1) * N + col
         seen = key[None, :] < length
         if CAUSAL:
@@ -133,7 +140,7 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
             else:
                 s = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(k_empty.index(k_stage), count=1)
-            k_stage, k_phase = _next(k_stage, k_phase, STAGES)
+            k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
             s = s.to(gl.float32)
             if CAUSAL and GROUPS * 64 > N:  # noqa: SIM102 (known when it is compiled)
                 if (tiles - t) * N > first + 1:
@@ -156,7 +163,7 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
                 sums1 = warpgroup_mma_wait(0, deps=[sums1])
                 keep(packed)
             mbarrier.arrive(v_empty.index(v_stage), count=1)
-            v_stage, v_phase = _next(v_stage, v_phase, STAGES)
+            v_stage, v_phase = next_stage(v_stage, v_phase, STAGES)
             acc1 = gl.fma(acc1, gl.convert_layout(decay, rows1)[:, None], sums1)
             packed = after(new_packed, nothing)
             decay = new_decay * gl.exp2(v_log - new_v_log)
@@ -177,7 +184,7 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
             sums1 = warpgroup_mma_wait(0, deps=[sums1])
             keep(packed)
         mbarrier.arrive(v_empty.index(v_stage), count=1)
-        v_stage, v_phase = _next(v_stage, v_phase, STAGES)
+        v_stage, v_phase = next_stage(v_stage, v_phase, STAGES)
         if D2 > 0:
             row = first + gl.arange(0, 64, rows2)
             lane = D1 + gl.arange(0, D2, gl.SliceLayout(0, layout2))

@@ -1,6 +1,6 @@
 """Attention weights in registers, as the FP8 operand of a product that runs under other work, in Triton's Gluon."""
 
-from ._hopper_flash_kernel import gl, gluon
+from ._hopper_flash_tiles import gl, gluon
 
 
 @gluon.jit
