@@ -31,7 +31,7 @@ class Config(NamedTuple):
 
     Registers a thread: of a group, and by how many the launch is limited, which sets how many programs share an SM.
     `programs` is how many an SM gets, which then take one tile of queries after the other; None: one for each tile.
-    `turns`: the groups start their products in turn. `deep`: scores are multiplied two tiles before their product with the values.
+    `turns`: the groups start their products in turn. `deep`: scores are multiplied under the exponentials before.
     """
 
     groups: int = 2

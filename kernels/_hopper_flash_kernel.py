@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF005 (Gluon has no starred lists)
 
+from ._hopper_flash_softmax import add_before, decayed, masked, shifted, weights
 from ._hopper_flash_tiles import (
     FIRST_NAME,
     MISSING,
@@ -33,77 +34,6 @@ def _multiply_scores(q1, q2, k1_s, k2_s, stage, layout: gl.constexpr, D1: gl.con
         k2 = k2_s.index(stage).reshape([N, D2]).permute((1, 0))
         scores = warpgroup_mma(q2, k2, scores, is_async=True)
     return scores
-
-
-@gluon.jit
-def _shifted(s, shift, log2_scale, N: gl.constexpr):
-    """Scores less the shift, both in base 2; the shift; and what sums so far decay by.
-
-    The shift follows the largest score only when that has grown by 2**8 (as in FlashAttention-4): fp32 holds 2**8 times
-    the sums, the weights' rounding is relative, and in nearly all tiles nothing decays.
-    """
-    # Four chains a row: ptxas makes one of a row, of four clocks a step.
-    top = gl.max(gl.max(gl.max(s.reshape([64, 4, N // 32, 4, 2]), 4), 2), 1)
-    top = gl.convert_layout(gl.max(top, 1), gl.SliceLayout(1, s.type.layout)) * log2_scale
-    new = gl.where(top > shift + 8.0, top, shift)
-    finite = gl.where(new == -float("inf"), 0.0, new)  # no inf - inf before the first score
-    return gl.fma(s, log2_scale, -finite[:, None]), new, gl.exp2(shift - finite)
-
-
-@gluon.jit
-def _weights(x, N: gl.constexpr):
-    """2**x, and of each row four sums, each of one thread's columns: the threads add theirs up once, at the end."""
-    p = gl.exp2(x)
-    return p, gl.sum(gl.sum(p.reshape([64, N // 8, 4, 2]), 3), 1)
-
-
-@gluon.constexpr_function
-def _decay_code(count):
-    """PTX: multiplies unless no thread of the warp needs it. The first four elements have both rows of a thread."""
-    need = [f"setp.ne.f32 p, ${2 * count + i}, 0f3F800000; or.pred any, any, p;" for i in range(min(count, 4))]
-    copies = [f"mov.b32 ${i}, ${count + i};" for i in range(count)]
-    products = [f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count)]
-    start = "{ .reg .pred p, any; setp.ne.u32 any, 0, 0;"
-    vote = "vote.sync.any.pred any, any, 0xffffffff; @!any bra DONE;"
-    return " ".join([start, *copies, *need, vote, *products, "DONE: }"])
-
-
-@gluon.constexpr_function
-def _decay_operands(count):
-    return ",".join(["=&f"] * count + ["f"] * (2 * count))
-
-
-@gluon.jit
-def _decayed(x, decay, COUNT: gl.constexpr):
-    """x * decay; COUNT: elements a thread."""
-    code: gl.constexpr = _decay_code(COUNT)
-    operands: gl.constexpr = _decay_operands(COUNT)
-    decay = gl.convert_layout(decay, gl.SliceLayout(1, x.type.layout))[:, None]
-    return gl.inline_asm_elementwise(code, operands, [x, decay], gl.float32, is_pure=False, pack=COUNT)
-
-
-_ADD = ("fma.rn.f32 $0, $2, $4, $6; fma.rn.f32 $1, $3, $5, $7; { .reg .pred p; AGAIN: setp.lt.f32 p, $6, 0f00000000; "
-        "vote.sync.any.pred p, p, 0xffffffff; @p bra AGAIN; }")
-_ADD_CODE = None if MISSING else gl.constexpr(_ADD)
-
-
-@gluon.jit
-def _add_before(total, decay, sums):
-    """total * decay + sums, and a branch that waits for all exponentials: sums less than 0 do not exist.
-
-    ptxas puts the exponentials behind a wait for products that follows, unless a branch between needs them.
-    """
-    decay = gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None]
-    return gl.inline_asm_elementwise(_ADD_CODE, "=&f,=&f,f,f,f,f,f,f", [total, decay, sums], gl.float32,
-                                     is_pure=False, pack=2)  # fmt: skip
-
-
-@gluon.jit
-def _masked(s, tiles, t, first, index, col, N: gl.constexpr):
-    """Scores of tile t from the end, of queries from `first` on: none of keys after them."""
-    if (tiles - t) * N > first + 1:
-        s = gl.where(((tiles - 1 - t) * N + col)[None, :] <= index[:, None], s, -float("inf"))
-    return s
 
 
 @gluon.jit
@@ -170,21 +100,21 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
             s = gl.where((key[None, :] < length) & (key[None, :] <= index[:, None]), s, -float("inf"))
         elif tiles * N > length:
             s = gl.where(key[None, :] < length, s, -float("inf"))
-        x, shift, decay = _shifted(s, gl.full([64], -float("inf"), gl.float32, rows), log2_scale, N)
+        x, shift, decay = shifted(s, gl.full([64], -float("inf"), gl.float32, rows), log2_scale, N)
         if DEEP:
             mbarrier.wait(k_full.index(k_stage), k_phase, pred=tiles > 1)
             # Of the last tile on, these are of keys that nobody needs: a product must not depend on a condition.
             scores = _multiply_scores(q1, q2, k1_s, k2_s, k_stage, s_layout, D1, D2, N)
-        p, total = _weights(x, N)
+        p, total = weights(x, N)
         if DEEP:
-            total = _add_before(gl.zeros_like(total), decay, total)
+            total = add_before(gl.zeros_like(total), decay, total)
             s = warpgroup_mma_wait(0, deps=[scores])
             if tiles > 1:
                 arrive(K_EMPTY + k_stage, THREADS, 4)
                 k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
             if CAUSAL and GROUPS * 64 > N:
-                s = _masked(s, tiles, 1, first, index, col, N)
-            x, shift, decay = _shifted(s, shift, log2_scale, N)
+                s = masked(s, tiles, 1, first, index, col, N)
+            x, shift, decay = shifted(s, shift, log2_scale, N)
         p1 = gl.convert_layout(p.to(dtype), p_layout1)
         p2 = p1
         acc1 = gl.zeros([64, D1], gl.float32, layout=layout1)
@@ -207,29 +137,29 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
                 arrive(K_EMPTY + k_stage, THREADS, 4)
                 k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
                 if CAUSAL and GROUPS * 64 > N:
-                    s = _masked(s, tiles, t, first, index, col, N)
-                x, shift, decay = _shifted(s, shift, log2_scale, N)
-            p, sums = _weights(x, N)
-            total = _add_before(total, decay, sums)
+                    s = masked(s, tiles, t, first, index, col, N)
+                x, shift, decay = shifted(s, shift, log2_scale, N)
+            p, sums = weights(x, N)
+            total = add_before(total, decay, sums)
             if DEEP:
                 s = warpgroup_mma_wait(0, deps=[scores])
             if D2 > 0:
                 acc1, acc2, p1, p2 = warpgroup_mma_wait(0, deps=[sums1, sums2, p1, p2])
-                acc2 = _decayed(acc2, decay, D2 // 2)
+                acc2 = decayed(acc2, decay, D2 // 2)
                 p2 = gl.convert_layout(p.to(dtype), p_layout2)
             else:
                 acc1, p1 = warpgroup_mma_wait(0, deps=[sums1, p1])
             arrive(V_EMPTY + v_stage, THREADS, 4)
             v_stage, v_phase = next_stage(v_stage, v_phase, STAGES)
-            acc1 = _decayed(acc1, decay, D1 // 2)
             p1 = gl.convert_layout(p.to(dtype), p_layout1)
+            acc1 = decayed(acc1, decay, D1 // 2)
             if DEEP:
                 if t + 1 < tiles:
                     arrive(K_EMPTY + k_stage, THREADS, 4)
                     k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
                 if CAUSAL and GROUPS * 64 > N:
-                    s = _masked(s, tiles, t + 1, first, index, col, N)
-                x, shift, decay = _shifted(s, shift, log2_scale, N)
+                    s = masked(s, tiles, t + 1, first, index, col, N)
+                x, shift, decay = shifted(s, shift, log2_scale, N)
         q_phase ^= 1
         mbarrier.arrive(q_empty.index(GROUP), count=1)
         mbarrier.wait(v_full.index(v_stage), v_phase)
@@ -281,7 +211,8 @@ def kernel(q1, q2, k1, k2, v1, v2, out, batch, q_length, length, log2_scale, tog
         k2_s = gl.allocate_shared_memory(q1.dtype, [STAGES] + k2.block_type.shape, k2.layout)
         v2_s = gl.allocate_shared_memory(q1.dtype, [STAGES] + v2.block_type.shape, v2.layout)
     gl.static_assert(FIRST_NAME + 2 * STAGES + (GROUPS if TURNS else 0) <= 16, "a processor has 16 barriers")
-    gl.static_assert(GROUPS > 1 or not TURNS)
+    gl.static_assert(GROUPS > 1 or not TURNS, "a group of its own has no turns")
+    gl.static_assert(STAGES > 1 or not DEEP, "values of a tile behind keys two tiles later")
     q_full, q_empty = barrier_ring(GROUPS, 1), barrier_ring(GROUPS, 1)
     k_full, v_full = barrier_ring(STAGES, 1), barrier_ring(STAGES, 1)
     fence_async_shared()

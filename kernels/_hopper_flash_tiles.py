@@ -22,6 +22,9 @@ except ImportError as error:  # no Triton, or one before or after this language
     fence_async_shared = mbarrier = warpgroup_mma = warpgroup_mma_wait = async_load = FIRST_NAME = None
     MISSING = f"Triton's Gluon language is not there: {error}"
 
+constexpr_function = getattr(gluon, "constexpr_function", gluon.jit)
+
+
 @gluon.jit
 def place(item, batch, q_length, length, together, H: gl.constexpr, CAUSAL: gl.constexpr, GROUPS: gl.constexpr,
           N: gl.constexpr):  # fmt: skip
