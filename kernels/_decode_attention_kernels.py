@@ -38,11 +38,12 @@ def one_query_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, 
                      Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COUNTED: tl.constexpr, SPLITS: tl.constexpr,
                      TILES: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, C0: tl.constexpr,
                      C1: tl.constexpr, C2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
-                     DEEP: tl.constexpr, SIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+                     DEEP: tl.constexpr, SIDE: tl.constexpr, OWN: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """One part of the keys of one head, for its only query: the tiles split, split + SPLITS, ... of DEEP * SIDE keys.
 
     Two waits for the memory: for the mask, then for all keys and values of a tile. A thread has DEEP keys to itself and
-    a softmax of its own; the SIDE of them are added up once, behind the last tile, so the loop meets no barrier.
+    a softmax of its own; the SIDE of them are added up once, behind the last tile, so the loop meets no barrier. OWN is
+    the dimension of a tile that the compiler leaves to each thread.
     """
     log2_scale = tl.cast(log2_scale, tl.float32)
     dtype = key_cache.dtype.element_ty
@@ -50,7 +51,7 @@ def one_query_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, 
     pair, split = program // SPLITS, program % SPLITS
     b, hk = (pair // KV_HEADS).to(tl.int64), (pair % KV_HEADS).to(tl.int64)
     lane = tl.arange(0, DP)
-    inner = tl.arange(0, DEEP)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    inner = tl.expand_dims(tl.arange(0, SIDE), OWN) + tl.expand_dims(tl.arange(0, DEEP), 1 - OWN) * SIDE
     real = lane < D
     mask_row = mask + b * m_b + hk * m_h
     key_cache += b * kc_b + hk * kc_h
@@ -79,12 +80,12 @@ def one_query_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, 
         value = tl.load(value_cache + row * vc_s + lane[None, None, :], there, other=0.0)
         s = tl.sum(key.to(tl.float32) * query[None, None, :], 2)
         s = tl.where(old, s * log2_scale, -float("inf"))
-        new_top = tl.maximum(top, tl.max(s, 0))
+        new_top = tl.maximum(top, tl.max(s, OWN))
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
-        p = tl.exp2(s - shift[None, :])
+        p = tl.exp2(s - tl.expand_dims(shift, OWN))
         decay = tl.exp2(top - shift)
-        total = total * decay + tl.sum(p, 0)
-        acc = acc * decay[:, None] + tl.sum(p[:, :, None] * value.to(tl.float32), 0)
+        total = total * decay + tl.sum(p, OWN)
+        acc = acc * decay[:, None] + tl.sum(p[:, :, None] * value.to(tl.float32), OWN)
         top = new_top
         seen = following
     mine = lane < tl.where(own, D, 0)

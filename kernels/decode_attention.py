@@ -38,13 +38,16 @@ from torch import Tensor
 
 from ._decode_attention_kernels import merge_kernel, one_query_kernel, queries_kernel
 from ._gemv_common import launch_options, starts_early
-from ._ops import INTERPRETED, define_opaque_op, launch, no_triton, on_device_of, triton
+from ._ops import HAS_TRITON, INTERPRETED, define_opaque_op, launch, no_triton, on_device_of, triton
 from ._qk_common import DTYPES, Spec, acc_dtype, check_tables, join_pairs, require, split_pairs, table_values
 from ._qk_tile import pow2, table_strides
 
 # Keys of a tile, warps of a program, at most about how many programs and how many parts of the keys.
-BLOCK_N, NUM_WARPS, PROGRAMS, MAX_SPLITS = 64, 4, 528, 64
+BLOCK_N, NUM_WARPS, PROGRAMS, MAX_SPLITS = 64, 4, 1024, 64
 MAX_QUERIES, MAX_ROWS, MAX_DIM = 8, 64, 256
+# Of two dimensions that are alike, Triton spreads threads over the first up to 3.6, over the last in 3.9. The other one
+# makes the kernel slower, with barriers, and not wrong.
+OWN = 1 if HAS_TRITON and triton.__version__.startswith("3.6") else 0
 
 
 def supports(q: Tensor, k: Tensor, key_cache: Tensor) -> str | None:
@@ -171,7 +174,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
         if rows == 1:
             side = min(NUM_WARPS * 32 * 16 // (lanes * q.element_size()), BLOCK_N)  # 16 bytes of a key for each thread
             launch(one_query_kernel, pairs * splits, arguments, {
-                **kinds, "DEEP": BLOCK_N // side, "SIDE": side, "num_warps": NUM_WARPS,
+                **kinds, "DEEP": BLOCK_N // side, "SIDE": side, "OWN": OWN, "num_warps": NUM_WARPS,
             })  # fmt: skip
         else:
             launch(queries_kernel, pairs * splits, arguments, {
