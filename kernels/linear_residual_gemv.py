@@ -32,8 +32,8 @@ from ._whole_rows import MAX_PIECES, whole_rows_kernel
 
 
 class Config(NamedTuple):
-    """Rows of a program, columns that it takes at once, its warps, tiles on their way to it (0: whole rows are asked for
-    at once, whatever the columns), and the bytes of each row of a weight that it asks for before its turn.
+    """Rows of a program, columns that it takes at once, its warps, tiles on their way to it (0: it asks for whole rows
+    at once), and the bytes of each row of a weight that it asks for before its turn.
     """
 
     block_n: int
