@@ -196,7 +196,8 @@ def _configurations(what: str) -> Iterator[dict[str, int]]:
     if what == "norm_linear":
         before = norm_linear.config
         tried: list[Any] = [
-            norm_linear.Config(4, 4), norm_linear.Config(4, 4, 264, 3), norm_linear.Config(4, 4, 396, 3),
+            norm_linear.Config(4, 4, 264, 3), norm_linear.Config(8, 4, maxnreg=168), norm_linear.Config(4, 4, 396, 3),
+            norm_linear.Config(4, 4),
             norm_linear.Config(2, 4), norm_linear.Config(8, 8), norm_linear.Config(4, 4, 264, 4),
             norm_linear.Config(2, 2), norm_linear.Config(8, 8, 264, 2), norm_linear.Config(2, 4, maxnreg=64),
             norm_linear.Config(2, 4, 528, 4), norm_linear.Config(8, 8, maxnreg=80),
