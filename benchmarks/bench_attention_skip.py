@@ -7,7 +7,9 @@ bfloat16, whose gradient is asked in the backward pass. Rows "block": forward, a
 that take turns; errors against float64. Rows "op": torch_fuse::linear_skip next to a library product and Inductor's
 combination (`apart`) and to the product alone (`product`), over operands that do not fit L2 together. The prediction
 is the bytes of the two passes that are saved at 4.29 TB/s (an H200's copy), the floor the larger of bytes and FLOPs at
-783 TFLOP/s. `--sweep` times the op with other tiles. `--dry` proves the script on a CPU at tiny sizes.
+783 TFLOP/s. `tiled` is the op without Hopper's own kernel; `--sweep` times that kernel with each of its tiles, then the
+tiled one. Rows 1,536 wide are Wan's: a gate for each lane, x in bfloat16 or float32. `--dry` proves the script on a
+CPU at tiny sizes. A shape takes about 5 s, with the sweep 30 s at first, for 13 kernels to be compiled.
 """
 
 from __future__ import annotations
@@ -25,19 +27,23 @@ from common import Log, captured, error, interleaved_ms, kernels
 from torch import Tensor, nn
 
 op = importlib.import_module("torch_fuse.kernels.linear_skip")
+hopper = importlib.import_module("torch_fuse.kernels._hopper_gemm")
 
 BANDWIDTH, FLOPS, L2 = 4.29e12, 783e12, 60 * 2**20
 # B, N, C, heads: the table "attention -> skip-combine", and Wan 1.3B's width
 SHAPES = {
-    "4x128x256": (4, 128, 256, 4),
-    "1x1024x512": (1, 1024, 512, 8),
-    "8x512x512": (8, 512, 512, 8),
+    "16x2048x768": (16, 2048, 768, 12),
     "2x2048x512": (2, 2048, 512, 8),
     "8x1024x768": (8, 1024, 768, 12),
-    "4x2048x768": (4, 2048, 768, 12),
-    "16x2048x768": (16, 2048, 768, 12),
+    "1x7800x1536": (1, 7800, 1536, 12),
     "4x4096x768": (4, 4096, 768, 12),
     "1x32760x1536": (1, 32760, 1536, 12),
+    "1x1024x512": (1, 1024, 512, 8),
+    "4x128x256": (4, 128, 256, 4),
+    "4x2048x768": (4, 2048, 768, 12),
+    "8x512x512": (8, 512, 512, 8),
+    "1x1560x1536": (1, 1560, 1536, 12),
+    "1x7800x1536-fp32": (1, 7800, 1536, 12),
 }
 FUSE = {"unmeasured": True, "only": ["attention_skip"]}
 
@@ -124,7 +130,7 @@ def block(log: Log, name: str, train: bool, dry: bool) -> None:
 
 # -- the op alone ------------------------------------------------------------------------------------------------------
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
 
 
 def operands(name: str, dry: bool) -> Operands:
@@ -133,16 +139,34 @@ def operands(name: str, dry: bool) -> Operands:
     given: dict[str, Any] = {"device": "cpu" if dry else "cuda", "dtype": torch.bfloat16}
     y, x = (torch.randn(batch, length, width, **given) for _ in range(2))
     weight = torch.randn(width, width, **given) * width**-0.5
+    bias = torch.randn(width, **given)
+    if SHAPES[name][2] == 1536:  # a gate of Wan: for each sample and lane, in float32
+        x = x.float() if name.endswith("fp32") else x
+        return y, weight, bias, x, None, torch.randn(batch, 1, width, device=given["device"])
     t = torch.rand(batch, 1, 1, device=given["device"])
-    return y, weight, torch.randn(width, **given), x, 1 / (t**2 + 1), t / (t**2 + 1) ** 0.5
+    return y, weight, bias, x, 1 / (t**2 + 1), t / (t**2 + 1) ** 0.5
 
 
-def unfused(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return (a * x + b * F.linear(y, weight, bias)).to(x.dtype)
+def unfused(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, a: Tensor | None, b: Tensor) -> Tensor:
+    return ((x if a is None else a * x) + b * F.linear(y, weight, bias)).to(x.dtype)
 
 
-def fused(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, a: Tensor, b: Tensor, save: bool = False) -> Tensor:
+def fused(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, a: Tensor | None, b: Tensor,
+          save: bool = False) -> Tensor:  # fmt: skip
     return torch.ops.torch_fuse.linear_skip(y, weight, bias, x, a, b, 1.0, 1.0, "sum", save, x.dtype)[0]
+
+
+def fused_by(how: Any) -> Callable[..., Tensor]:
+    """The op with a configuration of Hopper's kernel, or, False, without that kernel."""
+
+    def call(*given: Any) -> Tensor:
+        op.hopper_config = how
+        try:
+            return fused(*given)
+        finally:
+            op.hopper_config = None
+
+    return call
 
 
 def product(y: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> Tensor:
@@ -153,9 +177,9 @@ def alone(log: Log, name: str, ops: dict[str, Callable[..., Tensor]], dry: bool,
     torch.manual_seed(0)
     first = operands(name, dry)
     y, weight, _, x, *_ = first
-    one, many = x.nbytes, 1 if dry else L2 // (2 * x.nbytes) + 2
+    one, many = x.nbytes, 1 if dry else L2 // (2 * y.nbytes) + 2
     sets = [first, *(operands(name, dry) for _ in range(many - 1))]
-    exact = unfused(*(z.double() for z in first))
+    exact = unfused(*(None if z is None else z.double() for z in first))
     bound = error(unfused(*first), exact)
     row: dict[str, Any] = {"what": "op", "name": name, **fields, "saved_us": 2 * one / BANDWIDTH * 1e6}
     flops, moved = 2 * x.numel() * weight.shape[1], y.nbytes + weight.nbytes + 2 * one
@@ -173,21 +197,31 @@ def alone(log: Log, name: str, ops: dict[str, Callable[..., Tensor]], dry: bool,
     log.write(**row, **{f"{label}_us": ms * 1e3 / len(sets) for label, ms in times.items()})
 
 
+# Hopper's kernel: 2 * block_m x block_n for both groups, or, ping-pong, block_m x block_n for each.
+HOPPER = [hopper.Config(64, 256, 3), hopper.Config(128, 128, 4, True), hopper.Config(64, 128, 6),
+          hopper.Config(128, 128, 3), hopper.Config(64, 256, 4, True), hopper.Config(64, 128, 6, True),
+          hopper.Config(64, 64, 8, True), hopper.Config(64, 256, 3, together=1)]  # fmt: skip
+TILED = [(128, 128, 64, 4, 3), (64, 128, 64, 4, 4)]
+
+
 def sweep(log: Log, name: str, dry: bool) -> None:
     """The op with other tiles; one that does not fit the shared memory is left out."""
+    for how in HOPPER[:1] if dry else HOPPER:
+        attempt(log, name, fused_by(how), dry, "hopper", how)
     chosen = op.config
-    tiles = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (128, 128, 64, 4, 3),
-             (128, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 32, 4, 4),
-             (128, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 256, 64, 8, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3),
-             (64, 32, 64, 4, 4), (32, 64, 64, 4, 4), (32, 32, 64, 2, 4)]  # fmt: skip
-    for tile, early in itertools.product(tiles[:2] if dry else tiles, (False, True)):
-        how = op.Config(*tile, early=early)
-        op.config = lambda *_, how=how: how
-        try:
-            alone(log, name, {"op": fused}, dry, config=how._asdict())
-        except Exception as failure:  # out of resources
-            log.write(what="op", name=name, config=how._asdict(), failed=f"{type(failure).__name__}: {failure}"[:200])
+    for tile, early in itertools.product(TILED, (False, True)):
+        tiled = op.Config(*tile, early=early)
+        op.config = lambda *_, tiled=tiled: tiled
+        attempt(log, name, fused_by(False), dry, "tiled", tiled)
     op.config = chosen
+
+
+def attempt(log: Log, name: str, call: Callable[..., Tensor], dry: bool, kernel: str, how: Any) -> None:
+    try:
+        alone(log, name, {"op": call}, dry, kernel=kernel, config=how._asdict())
+    except Exception as failure:  # out of resources, or a wrong result
+        reason = f"{type(failure).__name__}: {failure}"[:200]
+        log.write(what="op", name=name, kernel=kernel, config=how._asdict(), failed=reason)
 
 
 def main() -> None:
@@ -201,19 +235,26 @@ def main() -> None:
     log = Log(given.out)
     for name in given.only:
         torch._dynamo.reset()
-        ops = {"op": fused, "saving": lambda *z: fused(*z, save=True), "product": product,
-               "apart": torch.compile(unfused, dynamic=False)}  # fmt: skip
+        ops = {"op": fused, "tiled": fused_by(False), "saving": lambda *z: fused(*z, save=True),
+               "product": product, "apart": torch.compile(unfused, dynamic=False)}  # fmt: skip
         with torch.no_grad():
-            alone(log, name, ops, given.dry, config=op.config(*_rows(name), torch.bfloat16)._asdict())
+            try:
+                alone(log, name, ops, given.dry, config=_config(name)._asdict())
+            except Exception as failure:  # log it, go on
+                log.write(what="op", name=name, failed=f"{type(failure).__name__}: {failure}"[:400])
+                if given.dry:
+                    raise
             if given.sweep:
                 sweep(log, name, given.dry)
         for train in () if given.no_blocks else (False, True):
             block(log, name, train, given.dry)
 
 
-def _rows(name: str) -> tuple[int, int]:
+def _config(name: str) -> Any:
     batch, length, width, _ = SHAPES[name]
-    return batch * length, width
+    wan = width == 1536
+    itemsize = 4 if name.endswith("fp32") else 2
+    return hopper.config(batch * length, width, itemsize, True, False, 2 if wan else 1)
 
 
 if __name__ == "__main__":

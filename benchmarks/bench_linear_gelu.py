@@ -3,9 +3,10 @@
     python benchmarks/bench_linear_gelu.py --out results.jsonl [--only wan-7800] [--dtype float16]
 
 `op` is torch_fuse::linear_gelu, `apart` addmm and torch_fuse::gelu, `inductor` torch.compile of F.linear and F.gelu.
-Errors are against float64, times the median of CUDA graphs of calls over operands that do not fit L2 together; `calls`
-are one by one, without a graph. The prediction is the bytes of the value before the GELU, written and read at 4.29 TB/s
-(an H200's copy). `--dry` proves the script on a CPU at tiny sizes.
+Names that end in erf have the erf GELU, torch_fuse::linear_gelu_erf and `product`, F.linear alone. Errors are against
+float64, times the median of CUDA graphs of calls over operands that do not fit L2 together; `calls` are one by one,
+without a graph. The prediction is the bytes of the value before the GELU, written and read at 4.29 TB/s (an H200's
+copy). `--dry` proves the script on a CPU at tiny sizes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 gelu = importlib.import_module("torch_fuse.kernels.gelu")
 linear_gelu = importlib.import_module("torch_fuse.kernels.linear_gelu")
+importlib.import_module("torch_fuse.kernels.linear_gelu_erf")
 
 BANDWIDTH, L2 = 4.29e12, 60 * 2**20
 # rows, K, N, weight stored with K first
@@ -37,6 +39,8 @@ GEOMETRIES: dict[str, tuple[int, int, int, bool]] = {
     "phi-2-256": (256, 2560, 10240, False),
     "phi-2-64": (64, 2560, 10240, False),
     "phi-2-8": (8, 2560, 10240, False),
+    "pythia-2.8b-2048-erf": (2048, 2560, 10240, False),
+    "bert-16384-erf": (16384, 768, 3072, False),
 }
 Op = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -47,6 +51,18 @@ def unfused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def apart(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.torch_fuse.gelu(F.linear(x, weight, bias), "tanh")
+
+
+def unfused_erf(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def apart_erf(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.torch_fuse.gelu(F.linear(x, weight, bias), "none")
+
+
+def fused_erf(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.torch_fuse.linear_gelu_erf(x, weight, bias, False)[0]
 
 
 def operands(name: str, dtype: torch.dtype, dry: bool) -> list[Tensor]:
@@ -65,10 +81,15 @@ def measure(log: Log, name: str, dtype: torch.dtype, dry: bool) -> None:
     sets = 1 if dry else L2 // sum(t.nbytes for t in (x, weight)) + 2
     given = [(x, weight, bias), *(operands(name, dtype, dry) for _ in range(sets - 1))]
     part = slice(0, 2048)  # of the rows, in float64
-    exact = unfused(*(t.double() for t in (x[:, part], weight, bias)))
+    erf = name.endswith("erf")
+    whole = unfused_erf if erf else unfused
+    exact = whole(*(t.double() for t in (x[:, part], weight, bias)))
     torch._dynamo.reset()
-    ops: dict[str, Op] = {"op": torch.ops.torch_fuse.linear_gelu, "apart": apart,
-                          "inductor": torch.compile(unfused, dynamic=False)}  # fmt: skip
+    ops: dict[str, Op] = {"op": fused_erf if erf else torch.ops.torch_fuse.linear_gelu,
+                          "apart": apart_erf if erf else apart,
+                          "inductor": torch.compile(whole, dynamic=False)}  # fmt: skip
+    if erf:
+        ops["product"] = F.linear
     row: dict[str, Any] = {
         "name": name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -76,8 +97,9 @@ def measure(log: Log, name: str, dtype: torch.dtype, dry: bool) -> None:
     }
     turns: dict[str, Callable[[], Any]] = {}
     for label, op in ops.items():
-        row[f"{label}_error"] = error(op(x, weight, bias)[:, part], exact)
-        assert row[f"{label}_error"]["rms"] < 4e-3, row  # NaN fails too
+        if label != "product":
+            row[f"{label}_error"] = error(op(x, weight, bias)[:, part], exact)
+            assert row[f"{label}_error"]["rms"] < 4e-3, row  # NaN fails too
         turns[label] = lambda op=op: [op(*each) for each in given]
         if not dry:
             row[f"{label}_kernels"] = kernels(lambda op=op: op(x, weight, bias), 4)["top"]

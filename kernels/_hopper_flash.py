@@ -31,6 +31,7 @@ class Config(NamedTuple):
 
     Registers a thread: of a group, and by how many the launch is limited, which sets how many programs share an SM.
     `programs` is how many an SM gets, which then take one tile of queries after the other; None: one for each tile.
+    `turns`: the groups start their products in turn. `ahead`: the next tile's first scores run under the last products.
     """
 
     groups: int = 2
@@ -39,6 +40,17 @@ class Config(NamedTuple):
     registers: int = 240
     maxnreg: int | None = None
     programs: int | None = None
+    turns: bool = False
+    ahead: bool = False
+
+
+def constants(config: Config) -> dict[str, Any]:
+    """The kernel's constants that are the configuration's, and options of the compiler."""
+    return {
+        "GROUPS": config.groups, "N": config.block_n, "STAGES": config.stages, "REGISTERS": config.registers,
+        "TURNS": config.turns, "AHEAD": config.ahead,
+        "num_warps": 4, **({} if config.maxnreg is None else {"maxnreg": config.maxnreg}),
+    }  # fmt: skip
 
 
 def cannot_read(**tensors: Tensor) -> str | None:
@@ -81,12 +93,8 @@ def call(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float, parts: 
         *descriptors(q, 64, parts), *descriptors(k, config.block_n, parts), *descriptors(v, config.block_n, parts),
         out, batch, q_length, length, scale * math.log2(math.e), together,
     ]  # fmt: skip
-    constants = {
-        "H": heads, "HEADS_OF_KEY": per_key, "CAUSAL": is_causal, "D1": parts[0], "D2": parts[1],
-        "GROUPS": config.groups, "N": config.block_n, "STAGES": config.stages, "REGISTERS": config.registers,
-        "num_warps": 4, **({} if config.maxnreg is None else {"maxnreg": config.maxnreg}),
-    }  # fmt: skip
+    known = {"H": heads, "HEADS_OF_KEY": per_key, "CAUSAL": is_causal, "D1": parts[0], "D2": parts[1]}
     grid = -(-q_length // (64 * config.groups)) * batch * heads
     if config.programs is not None:
         grid = min(grid, config.programs * torch.cuda.get_device_properties(q.device).multi_processor_count)
-    return grid, arguments, constants
+    return grid, arguments, known | constants(config)

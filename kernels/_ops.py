@@ -137,15 +137,26 @@ _launches: dict[tuple[Any, ...], Launch] = {}
 
 def launch(kernel: Any, grid: int, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
     """Launches a kernel from an opaque op, as a `Launch`, which is kept for all calls of its kind."""
-    kinds = [(x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in arguments]
-    key = (id(kernel), grid, *kinds, *constants.values())
+    key = (id(kernel), grid, *map(_kind, arguments), *constants.values())
     known = _launches.get(key)
     if known is not None:
-        known.again(*(x for x in arguments if isinstance(x, Tensor)))
+        bases = (x if isinstance(x, Tensor) else getattr(x, "base", None) for x in arguments)
+        known.again(*(x for x in bases if isinstance(x, Tensor)))
         return
     if len(_launches) == 1024:
         _launches.clear()
     _launches[key] = Launch(kernel, grid, arguments, constants)
+
+
+def _kind(argument: Any) -> Any:
+    """What a launch depends on: all but the addresses. A descriptor's other fields say how its tensor is read."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.device, argument.data_ptr() % 16
+    base = getattr(argument, "base", None)
+    if not isinstance(base, Tensor):
+        return argument
+    fields = (tuple(x) if isinstance(x, list) else x for name, x in argument.__dict__.items() if name != "base")
+    return base.dtype, base.device, *fields
 
 
 def _described(kind: type, fields: dict[str, Any], base: Tensor) -> Any:

@@ -7,7 +7,8 @@
     out    = x + beta * b * (linear - x)              modes "step" and, from linear to x, "step_back"
 
 The skip combination of consistency models (Song et al., arXiv:2303.01469: c_skip(t) * x + c_out(t) * F(x)) and gated
-residuals. The product is a tiled one of Triton's tutorials: fp32 sums, combined before the only rounding.
+residuals. On Hopper, in 16 bits, the product is `_hopper_gemm`'s; else, and where its memory engine cannot read the
+operands, a tiled one of Triton's tutorials. Both have fp32 sums, combined before the only rounding.
 
 - y [..., K]: as many rows as x, in their order, last stride 1. weight [N, K]: either stride 1. bias [N] or None.
   y, weight and bias are of one dtype: fp32 (without TF32), bf16 or fp16; fp64 is left to the reference.
@@ -33,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _hopper_gemm, _linear_skip_hopper
 from ._linear_skip_common import (
     Operands,
     Spec,
@@ -45,8 +47,9 @@ from ._linear_skip_common import (
     slopes,
     summed,
 )
+from ._linear_skip_hopper import kind, rank3, strides
 from ._linear_skip_tile import kernel
-from ._ops import define_op, on_device_of, triton, wrap_triton
+from ._ops import define_op, define_opaque_op, on_device_of, triton, wrap_triton
 
 OPERANDS = len(Operands._fields)
 
@@ -63,15 +66,17 @@ class Config(NamedTuple):
     early: bool = False
 
 
-# From the largest tile on. Two tiles of 128 x 128 fit a Hopper SM: the epilogue of one runs beside the other's product.
-CONFIGS = (Config(128, 128, 64, 4, 3), Config(128, 64, 64, 4, 4), Config(64, 64, 64, 4, 4), Config(64, 32, 64, 4, 4),
-           Config(32, 32, 64, 2, 4))  # fmt: skip
+# From the largest tile on, and how many of them an SM should get. The best of benchmarks/results/linear_skip.jsonl are
+# 128 x 128 for 32,768 rows of 768 lanes, where two share an SM, and 64 x 128 for 4,096 rows of 512.
+CONFIGS = (Config(128, 128, 64, 4, 3), Config(64, 128, 64, 4, 4, early=True), Config(64, 64, 64, 4, 4),
+           Config(64, 32, 64, 4, 4), Config(32, 32, 64, 2, 4))  # fmt: skip
+TILES = (4, 1, 1, 1, 1)
 WIDE = Config(64, 64, 32, 4, 2)  # fp32 goes without tensor cores
 PROGRAMS = 120  # about as many as an H100 or H200 has SMs
 
 
 def config(rows: Any, columns: int, dtype: torch.dtype) -> Config:
-    """The largest tile that gives every SM one; benchmarks/bench_attention_skip.py --sweep tries others.
+    """The largest tile that gives every SM enough; benchmarks/bench_attention_skip.py --sweep tries others.
 
     A symbolic number of rows takes the first: a comparison would be a guard.
     """
@@ -79,8 +84,8 @@ def config(rows: Any, columns: int, dtype: torch.dtype) -> Config:
         return WIDE
     if not isinstance(rows, int):
         return CONFIGS[0]
-    for found in CONFIGS:
-        if -(-rows // found.block_m) * -(-columns // found.block_n) >= PROGRAMS:
+    for found, tiles in zip(CONFIGS, TILES, strict=True):
+        if -(-rows // found.block_m) * -(-columns // found.block_n) >= tiles * PROGRAMS:
             return found
     return CONFIGS[-1]
 
@@ -102,28 +107,6 @@ def reference(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tens
     return out, linear.detach().clone() if save_linear else y.new_empty(0)
 
 
-def _kind(factor: Tensor | None) -> str:
-    """How a coefficient [B, S, N] is read; one number is read once a row."""
-    if factor is None or factor.shape[2] == 1:
-        return "row"
-    return "lane" if factor.shape[0] == 1 and factor.shape[1] == 1 else "full"
-
-
-def _rank3(x: Tensor) -> Tensor:
-    """A view with leading ones up to three dimensions."""
-    for _ in range(3 - x.dim()):
-        x = x.unsqueeze(0)
-    return x
-
-
-def _strides(factor: Tensor | None) -> tuple[int, int, int]:
-    """Element strides over batch, position and lane, 0 where it is broadcast."""
-    if factor is None:
-        return 0, 0, 0
-    b, s, n = (0 if size == 1 else stride for size, stride in zip(factor.shape, factor.stride(), strict=True))
-    return b, s, n
-
-
 def _results(t: Operands, spec: Spec) -> tuple[Tensor, Tensor]:
     out = t.x.new_empty(t.x.shape, dtype=spec.out_dtype)
     return out, t.y.new_empty(t.x.shape if spec.save_linear else 0)
@@ -136,24 +119,57 @@ def _forward(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tenso
     check(t, spec)
     if supports(t, spec) is not None:
         return reference(*t, *spec)
+    if _linear_skip_hopper.cannot_take(t, spec) is None:
+        return hopper_linear_skip(*t, *spec)
+    return _tiled(t, spec)
+
+
+def _tiled(t: Operands, spec: Spec) -> tuple[Tensor, Tensor]:
+    """By Triton's kernel."""
     out, linear = _results(t, spec)
-    columns, inner = int(weight.shape[0]), int(weight.shape[1])
-    flat, whole = y.reshape(-1, inner), _rank3(x)
+    columns, inner = int(t.weight.shape[0]), int(t.weight.shape[1])
+    flat, whole = t.y.reshape(-1, inner), rank3(t.x)
     rows = whole.shape[0] * whole.shape[1]
     if rows == 0:
         return out, linear
-    how = config(rows, columns, y.dtype)
-    one, two = (None if c is None else _rank3(c) for c in (a, b))
-    vector = None if bias is None else bias.contiguous()
-    with on_device_of(x):
+    how = config(rows, columns, t.y.dtype)
+    one, two = (None if c is None else rank3(c) for c in (t.a, t.b))
+    vector = None if t.bias is None else t.bias.contiguous()
+    with on_device_of(t.x):
         wrap_triton(kernel)[(triton.cdiv(rows, how.block_m) * triton.cdiv(columns, how.block_n),)](
-            flat, flat.stride(0), weight, weight.stride(0), weight.stride(1), vector, whole, *_strides(whole)[:2],
-            one, *_strides(one), two, *_strides(two), out, linear if save_linear else None, float(alpha), float(beta),
-            rows, whole.shape[1], N=columns, K=inner, A=_kind(one), B=_kind(two), MODE=mode, ONE_A=alpha == 1,
-            ONE_B=beta == 1, EARLY=how.early, BLOCK_M=how.block_m, BLOCK_N=how.block_n, BLOCK_K=how.block_k,
-            GROUP=how.group, num_warps=how.num_warps, num_stages=how.num_stages,
+            flat, flat.stride(0), t.weight, t.weight.stride(0), t.weight.stride(1), vector, whole,
+            *strides(whole)[:2], one, *strides(one), two, *strides(two), out, linear if spec.save_linear else None,
+            float(spec.alpha), float(spec.beta), rows, whole.shape[1], N=columns, K=inner, A=kind(one), B=kind(two),
+            MODE=spec.mode, ONE_A=spec.alpha == 1, ONE_B=spec.beta == 1, EARLY=how.early, BLOCK_M=how.block_m,
+            BLOCK_N=how.block_n, BLOCK_K=how.block_k, GROUP=how.group, num_warps=how.num_warps,
+            num_stages=how.num_stages,
         )  # fmt: skip
     return out, linear
+
+
+# Tiles of Hopper's kernel in place of the chosen ones, or False: none of it. For benchmarks.
+hopper_config: _hopper_gemm.Config | bool | None = None
+
+
+def _by_either(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
+               alpha: float, beta: float, mode: str, save_linear: bool,
+               out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
+    t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype)
+    if hopper_config is not False and x.numel() > 0:
+        out, linear = _results(t, spec)
+        how = None if isinstance(hopper_config, bool) else hopper_config
+        if _linear_skip_hopper.launch(t, spec, out, linear if save_linear else None, how):
+            return out, linear
+    return _tiled(t, spec)
+
+
+def _by_either_fake(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
+                    alpha: float, beta: float, mode: str, save_linear: bool,
+                    out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _results(Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype))
+
+
+hopper_linear_skip = define_opaque_op("torch_fuse::hopper_linear_skip", _by_either, _by_either_fake)
 
 
 linear_skip = define_op("torch_fuse::linear_skip", _forward)

@@ -182,7 +182,9 @@ def _forward(
     right: int | None, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(q, k, v, key_keep, softcap, sinks)
-    if q.numel() == 0 or supports(q, k, v, scale, softcap) is not None:
+    if q.numel() == 0:  # on a GPU SDPA may return None
+        return output(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=_wide(q))
+    if supports(q, k, v, scale, softcap) is not None:
         return reference(q, k, v, key_keep, key_range, left, right, scale, softcap, sinks)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     config = CONFIGS[int(q.shape[3])][0]

@@ -229,10 +229,12 @@ def test_few_queries_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     able = SimpleNamespace(**{**vars(masked_attention), "supports": lambda *args: None})
     monkeypatch.setattr(softcap_sinks_attention, "masked_attention", able)
     model, inputs = SPELLINGS["gemma2"].make(torch.float32)
-    few, training = "9 queries: the scores are few; it pays from 256 on", "with gradients it is not measured to win yet"
-    cases = ((256, False, False, few), (9, True, False, training), (256, True, True, None), (9, False, False, None))
-    for least, grad, unmeasured, kept in cases:
+    few = "9 queries{}: the scores are few; it pays from 256 on"
+    cases = ((9, 256, False, False, None), (256, 9, False, False, few.format("")), (256, 9, True, False, None),
+             (9, 256, True, False, few.format(" with gradients")), (256, 256, True, True, None))  # fmt: skip
+    for least, trained, grad, unmeasured, kept in cases:
         monkeypatch.setattr(softcap_sinks_attention, "MIN_QUERIES", least)
+        monkeypatch.setattr(softcap_sinks_attention, "MIN_TRAINED", trained)
         rewriter = Rewriter(Options(on_error="raise", unmeasured=unmeasured))
         with torch.set_grad_enabled(grad):
             rewritten(model, rewriter)(*inputs)

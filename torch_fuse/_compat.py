@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import sympy
 import torch
@@ -20,23 +22,34 @@ __all__ = [
     "ShapeEnv",
     "any_tangent",
     "below_autograd",
+    "cache_directory",
     "cache_tag",
     "compile_with_inductor",
+    "cudnn_attention",
     "fake_mode_of",
+    "flash_attention",
     "is_plain",
     "is_traceable_wrapper_subclass",
     "known_true",
     "likely",
     "no_guards",
     "op_overload",
+    "outside_tracing",
     "real_input",
+    "sdpa_pick",
+    "sdpa_settings",
     "trace_artifact",
     "trace_operators",
     "unset_fake_temporarily",
+    "uses_cuda_graphs",
 ]
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd  # a context: ops are dispatched as if autograd was done with them
+
+# The operators that SDPA becomes on a GPU; the result is the first of what they return.
+cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+flash_attention = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
@@ -131,3 +144,50 @@ def trace_operators(fn: Any, inputs: Sequence[torch.Tensor]) -> GraphModule:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     return make_fx(fn)(*inputs)
+
+
+def cache_directory() -> Path:
+    """Inductor's cache directory: `TORCHINDUCTOR_CACHE_DIR`, or the user's among the system's temporary files."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()).absolute()
+
+
+def uses_cuda_graphs(patches: Mapping[str, Any]) -> bool:
+    """Whether Inductor records CUDA graphs, with these options on top of its configuration."""
+    import torch._inductor.config as config
+
+    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
+
+
+def sdpa_pick(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, scale: float, gqa: bool) -> str:
+    """The backend that SDPA takes for these tensors: "math", "flash_attention", "cudnn_attention", ..."""
+    number: Any = torch._fused_sdp_choice(q, k, v, None, 0.0, is_causal, scale=scale, enable_gqa=gqa)
+    names = {int(cast(Any, member)): name for name, member in torch._C._SDPBackend.__members__.items()}
+    return names.get(int(number), str(number)).lower()
+
+
+def sdpa_settings() -> str:
+    """What the user has set of SDPA's choice: the backends that are on, their order, another flash-attention."""
+    import torch.nn.attention as attention
+
+    order: list[int] = getattr(torch._C, "_get_sdp_priority_order", list)()
+    on = [name for name in ("flash", "mem_efficient", "cudnn", "math") if _sdpa_backend_is_on(name)]
+    flash = getattr(attention, "current_flash_attention_impl", lambda: None)()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return f"{'+'.join(on)} {order} {flash} {'deterministic' if deterministic else ''}".strip()
+
+
+def _sdpa_backend_is_on(name: str) -> bool:
+    return bool(getattr(torch.backends.cuda, f"{name}_sdp_enabled")())
+
+
+@contextlib.contextmanager
+def outside_tracing(gradients: bool) -> Iterator[None]:
+    """Ops compute, whatever is being traced: no fake mode, no inference mode, no autocast; gradients if wanted."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(unset_fake_temporarily())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast("cuda", enabled=False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        yield

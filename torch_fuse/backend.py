@@ -6,6 +6,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ def fuse(
     known = patterns()
     checked = parse_options(options, known)
     patches = {**mode_options(mode), **checked.inductor}
+    checked = replace(checked, inductor=patches)  # what a pattern may ask: whether CUDA graphs hide launches
     outcome = _rewritten(gm, checked)
     reporting.record(outcome.report)
     _announce(outcome.report)

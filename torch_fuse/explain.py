@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from torch_fuse.measurements import only_remembered
 from torch_fuse.options import parse_options
 from torch_fuse.report import GraphReport, Report
 
@@ -42,7 +43,8 @@ def explain(
     graphs: list[GraphReport] = []
 
     def analyse(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append(rewrite(gm, options, known).report)
+        with only_remembered():
+            graphs.append(rewrite(gm, options, known).report)
         return _zeros(gm)
 
     torch._dynamo.reset()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast
 
 Kernels = Literal["auto", "reference"]
+Attention = Literal["table", "measure"]
 Verify = Literal["off", "first_call"]
 OnMiss = Literal["ignore", "warn", "error"]
 OnError = Literal["fallback", "raise"]
@@ -26,6 +27,8 @@ class Options:
         only: names of the only patterns that are tried; empty for all.
         kernels: "auto" replaces a subgraph where the fused op wins on its device; "reference" replaces every
             match by the op's plain torch implementation (for tests, demos and debugging).
+        attention: how attention without a mask finds its backend: "table" from measurements that are part of this
+            package; "measure" times the exact backends on each new shape while it compiles, and remembers the times.
         unmeasured: also replace where the fused op is right, but not measured to win: to measure it.
         verify: "first_call" runs the fused and the unfused graph on the real inputs of the first call,
             logs the difference, and goes on with the unfused graph when they disagree.
@@ -40,6 +43,7 @@ class Options:
     disable: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     kernels: Kernels = "auto"
+    attention: Attention = "table"
     unmeasured: bool = False
     verify: Verify = "off"
     on_miss: OnMiss = "ignore"
@@ -51,6 +55,7 @@ class Options:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "kernels": ("auto", "reference"),
+    "attention": ("table", "measure"),
     "verify": ("off", "first_call"),
     "on_miss": ("ignore", "warn", "error"),
     "on_error": ("fallback", "raise"),

@@ -119,6 +119,31 @@ def test_hopper_kernel_takes_several_tiles_and_several_batches(dim: int, length:
     assert_no_worse(tensors, is_causal, scale=0.2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda" or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"programs": 1, "turns": True},
+        {"programs": 1, "turns": True, "ahead": True},
+        {"turns": True},
+        {"groups": 1, "maxnreg": 128, "programs": 2, "ahead": True},
+        {"groups": 3, "block_n": 64, "registers": 160, "programs": 1, "turns": True, "ahead": True},
+    ],
+)
+def test_any_hopper_configuration(config: dict, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one tile of keys, groups past the last query, fewer tiles than programs, and more."""
+    monkeypatch.setitem(module.HOPPER, dim, (module._hopper_flash.Config(**config),) * 2)
+    module._launches.clear()
+    for batch, length, keys in ((1, 64, 64), (1, 65, 100), (2, 129, 320), (3, 1000, 1000), (24, 777, 200)):
+        tensors = inputs(batch=batch, heads=8, kv=4, length=length, keys=keys, dim=dim, dtype=torch.bfloat16)
+        assert_no_worse(tensors, False)
+        if length == keys:
+            assert_no_worse(tensors, True)
+    module._launches.clear()
+
+
 def test_any_strides() -> None:
     q, k, v = inputs(batch=2, length=66, dim=48)
     for change in (

@@ -1,6 +1,7 @@
 """What every opaque op does with gradients, transforms and modes, and when a launch is made again."""
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -75,8 +76,20 @@ def test_the_memory_engine_is_not_asked_to_read_from_where_it_cannot(monkeypatch
 
 
 @pytest.mark.skipif(not _ops.HAS_TRITON, reason="needs Triton")
-def test_the_hopper_kernel_compiles_with_this_triton() -> None:
-    """Without a GPU; a name that Gluon no longer has would otherwise be noticed at the first call on one."""
+@pytest.mark.parametrize(
+    ("parts", "config", "is_causal"),
+    [
+        ((64, 16), {"groups": 1, "maxnreg": 128}, True),
+        ((64, 0), {"groups": 1, "block_n": 64, "stages": 4, "maxnreg": 80, "ahead": True}, False),
+        ((128, 0), {"turns": True, "ahead": True}, True),
+    ],
+)
+def test_the_hopper_kernel_compiles_with_this_triton(parts: tuple[int, int], config: dict, is_causal: bool) -> None:
+    """Without a GPU; a name that Gluon no longer has would otherwise be noticed at the first call on one.
+
+    All exponentials of a tile are to be between the wait for its scores and the wait for the products with the values
+    before, or they do not run under these products: ptxas moves the second wait, and only the machine code shows it.
+    """
     kernel = importlib.import_module("torch_fuse.kernels._hopper_flash_kernel")
     if kernel.MISSING or _ops.INTERPRETED:
         pytest.skip(kernel.MISSING or "interpreted")
@@ -84,30 +97,30 @@ def test_the_hopper_kernel_compiles_with_this_triton() -> None:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     module = importlib.import_module("torch_fuse.kernels._hopper_flash")
-    config, gl = dense.HOPPER[128][0], module.gl
+    chosen, gl, (d1, d2) = module.Config(**config), module.gl, parts
 
     def descriptor(rows: int, lanes: int) -> str:
         layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, lanes], gl.bfloat16)
         return f"tensordesc<bf16[1, 1, {rows}, {lanes}],{layout!r}>"
 
-    for d1, d2 in ((64, 16), (128, 0)):
-        known = {
-            "H": 4, "HEADS_OF_KEY": 2, "CAUSAL": True, "D1": d1, "D2": d2, "GROUPS": config.groups,
-            "N": config.block_n, "STAGES": config.stages, "REGISTERS": config.registers,
-        }  # fmt: skip
-        if not d2:
-            known |= {"q2": None, "k2": None, "v2": None}
-        kinds = {"out": "*bf16", "log2_scale": "fp32"}
-        for name, rows in (("q", 64), ("k", config.block_n), ("v", config.block_n)):
-            kinds |= {f"{name}1": descriptor(rows, d1), f"{name}2": descriptor(rows, d2 or d1)}
-        names = module.kernel.arg_names
-        signature = {name: "constexpr" if name in known else kinds.get(name, "i32") for name in names}
-        constants = {(names.index(name),): value for name, value in known.items()}
-        source = GluonASTSource(fn=module.kernel, signature=signature, constexprs=constants)
-        target = GPUTarget("cuda", 90, 32)
-        assert source.hash()
-        compiled = _ops.triton.compile(source, target=target, options={"num_warps": 4})
-        assert "wgmma" in compiled.asm["ptx"]
+    known = {"H": 4, "HEADS_OF_KEY": 2, "CAUSAL": is_causal, "D1": d1, "D2": d2, **module.constants(chosen)}
+    options = {name: known.pop(name) for name in ("num_warps", "maxnreg") if name in known}
+    if not d2:
+        known |= {"q2": None, "k2": None, "v2": None}
+    kinds = {"out": "*bf16", "log2_scale": "fp32"}
+    for name, rows in (("q", 64), ("k", chosen.block_n), ("v", chosen.block_n)):
+        kinds |= {f"{name}1": descriptor(rows, d1), f"{name}2": descriptor(rows, d2 or d1)}
+    names = module.kernel.arg_names
+    signature = {name: "constexpr" if name in known else kinds.get(name, "i32") for name in names}
+    constants = {(names.index(name),): value for name, value in known.items()}
+    source = GluonASTSource(fn=module.kernel, signature=signature, constexprs=constants)
+    assert source.hash()
+    compiled = _ops.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma" in compiled.asm["ptx"]
+    found = re.findall(r"DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|STL|LDL", compiled.asm["sass"])
+    events = "".join({"M": "e", "S": "spill", "L": "spill"}.get(x[0], "0" if x[-1] == "0" else "n") for x in found)
+    assert len(re.findall(f"ne{{{chosen.block_n // 2},}}0", events)) == chosen.groups, events
+    assert "spill" not in events
 
 
 @pytest.mark.parametrize("unbacked", [False, True])

@@ -217,7 +217,8 @@ def test_inductor_launches_the_kernels_with_caps_and_sinks() -> None:
         return [out, *torch.autograd.grad(out.float().square().sum(), tensors)]
 
     for a, b in zip(run(torch.compile(attend)), run(attend), strict=True):
-        torch.testing.assert_close(a, b)
+        # a sum that Inductor takes in another order may round the other way
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=4e-3 * float(b.abs().max()))
 
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")

@@ -112,6 +112,17 @@ def explain(
 
 
 @app.command()
+def measurements(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete them; they are measured again when needed.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show or delete what options={"attention": "measure"} has measured on this machine."""
+    from torch_fuse.cli.measured import run_measurements
+
+    raise typer.Exit(run_measurements(clear, json_output, make_console()))
+
+
+@app.command()
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from torch_fuse import measurements
+from torch_fuse._compat import cache_directory
 from torch_fuse._version import __version__
 from torch_fuse.rewrite import registry
 
@@ -101,12 +103,6 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
-def _cache_directory() -> str:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return cache_dir()
-
-
 def _inside(folder: str) -> int:
     path = Path(folder)
     return sum(1 for _ in path.iterdir()) if path.is_dir() else 0
@@ -116,7 +112,7 @@ def diagnose() -> dict[str, Any]:
     """Everything the command shows, as plain data."""
     devices = _devices()
     names = [entry["device"] for entry in devices]
-    cache = _cache_directory()
+    cache = str(cache_directory())
     return {
         "versions": {
             "torch_fuse": __version__,
@@ -144,6 +140,10 @@ def diagnose() -> dict[str, Any]:
         "compiler": compiler_problem() or shutil.which("g++") or shutil.which("clang++") or "found",
         "compiler_works": compiler_problem() is None,
         "inductor_cache": {"directory": cache, "entries": _inside(cache)},
+        "measurements": {
+            "directory": str(measurements.directory("attention")),
+            "entries": len(measurements.stored("attention")),
+        },
     }
 
 
@@ -202,6 +202,9 @@ def _print(console: Console, found: dict[str, Any]) -> None:
     console.print(f"{style} {escape(found['compiler'])}", highlight=False)
     cache = found["inductor_cache"]
     console.print(f"    Inductor's cache: {escape(cache['directory'])}, {cache['entries']} entries", highlight=False)
+    kept = found["measurements"]
+    shown = f"    Measured attentions: {escape(kept['directory'])}, {kept['entries']} entries"
+    console.print(shown, highlight=False)
 
 
 def _verdict(reason: str | None) -> str:

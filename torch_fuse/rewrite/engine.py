@@ -150,7 +150,7 @@ def _inside_transform(name: str) -> str:
 
 def _rewrite_module(module: GraphModule, inner: bool, refusal: str, run: _Run) -> None:
     before = run.report.rewrites
-    look = partial(GraphView, module, inner=inner, writes={})
+    look = partial(GraphView, module, inner=inner, writes={}, options=run.options)
     for pattern in run.patterns.values():
         _apply(module, pattern, refusal, run, look)
     view = look()
@@ -188,6 +188,7 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, look:
             if kept is not None:
                 _record(run, pattern, anchor, "kept", kept)
                 continue
+            match = pattern.settle(match, run.options)
         except Miss as miss:
             _record(run, pattern, anchor, miss.status, miss.reason)
             continue

@@ -103,6 +103,10 @@ class Pattern:
         """
         return None
 
+    def settle(self, match: Match, options: Options) -> Match:
+        """The match after `check`: with the `op` and `note` of the replacement, where the pattern has several."""
+        return match
+
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
         """Emits the replacement with `builder` and returns, for each of `match.replaced`, its new node."""
         raise NotImplementedError(f"{type(self).__name__}.rewrite")

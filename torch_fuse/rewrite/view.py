@@ -18,6 +18,7 @@ from torch_fuse.graph.norm import match_norm, strip_casts
 from torch_fuse.graph.residual import match_residual
 from torch_fuse.graph.skip import reads_projected
 from torch_fuse.graph.subclass import is_packed
+from torch_fuse.options import Options
 
 KINDS = ("attention", "norm_linear", "combine", "dequant")
 _VIEWS = {
@@ -41,10 +42,18 @@ class GraphView:
         gm: the graph module.
         inner: it is called by another graph.
         writes: what earlier views of it have found of its nodes' mutations; added to.
+        options: the backend's; a pattern may recognise more where more is asked for.
     """
 
-    def __init__(self, gm: GraphModule, inner: bool = False, writes: dict[Node, bool] | None = None) -> None:
+    def __init__(
+        self,
+        gm: GraphModule,
+        inner: bool = False,
+        writes: dict[Node, bool] | None = None,
+        options: Options | None = None,
+    ) -> None:
         self.gm = gm
+        self.options = options or Options()
         self._inner = inner
         self._writes = writes
         self.nodes = list(gm.graph.nodes)
