@@ -1,0 +1,210 @@
+"""The device code of `_dequant_tiled`, in Triton's Gluon."""
+
+# ruff: noqa: RUF005 (Gluon has no starred lists)
+# mypy: ignore-errors
+
+from ._dequant_rows_kernel import _both, _column, _group, _table
+from ._hopper_flash_tiles import MISSING, async_load, barrier_ring, gl, gluon, next_stage
+
+if not MISSING:
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+
+    from ._hopper_gemm_epilogue import synchronize
+
+__all__ = ["MISSING", "gl", "kernel"]
+
+
+@gluon.jit
+def _produce(x, codes, places, barriers, m, first_n, first, steps, TEAMS: gl.constexpr, PER_BYTE: gl.constexpr,
+             BLOCK_M: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Moves two tiles of the weight's bytes a step, of all rows, and what they are multiplied with."""
+    x_s, w_s = places
+    full, empty = barriers
+    stage = 0
+    phase = 1
+    for step in range(first, first + steps):
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(full.index(stage), 2 * TEAMS * codes.block_type.nbytes + 2 * PER_BYTE * x.block_type.nbytes)
+        for half in gl.static_range(2):
+            for i in gl.static_range(TEAMS):
+                async_load(codes, [first_n + i * 64, (step * 2 + half) * TILE], full.index(stage),
+                           w_s.index((stage * 2 + half) * TEAMS + i))  # fmt: skip
+        for part in gl.static_range(2 * PER_BYTE):
+            async_load(x, [m * BLOCK_M, (step * 2 * PER_BYTE + part) * TILE], full.index(stage),
+                       x_s.index(stage * 2 * PER_BYTE + part))  # fmt: skip
+        stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def _scales(values, n, n_inside, block, K: gl.constexpr, BITS: gl.constexpr, RUN: gl.constexpr, TILE: gl.constexpr,
+            GROUPS: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, COMPUTE: gl.constexpr):  # fmt: skip
+    """Scales or zero points of a tile's rows, of the first and second halves of bytes where they may differ."""
+    found = ()
+    for side in gl.static_range(2 if RUN > 0 and GROUPS > 1 else 1):
+        column = _column(block, side, BITS, RUN, TILE)
+        found = found + (_group(values, n, column, n_inside & (column < K), GROUPS, ROWS, GROUP, COMPUTE),)
+    return found
+
+
+@gluon.jit
+def _operand(value, scale, MULTIPLY: gl.constexpr, SCALED: gl.constexpr, DTYPE: gl.constexpr, TILE: gl.constexpr,
+             layout: gl.constexpr):  # fmt: skip
+    """A tile as the product's operand: 16 of its columns are four bytes of each of four lanes."""
+    if SCALED == "same":
+        rounded = scale.to(DTYPE)[:, None]
+        value = gl.inline_asm_elementwise(MULTIPLY, "=r,=r,r,r,r,r", [value, rounded], DTYPE.value, True, 4)
+    elif SCALED == "wide":
+        value = (value.to(gl.float32) * scale[:, None]).to(DTYPE)
+    value = value.reshape([64, 4, TILE // 16, 2, 2]).permute((0, 2, 3, 1, 4)).reshape([64, TILE])
+    return gl.convert_layout(value, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _consume(TEAM: gl.constexpr, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part,
+             BITS: gl.constexpr, CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, MULTIPLY: gl.constexpr,
+             SCALED: gl.constexpr, HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr,
+             GROUP: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr, BIASED: gl.constexpr,
+             DTYPE: gl.constexpr, CODES: gl.constexpr, TEAMS: gl.constexpr, BLOCK_M: gl.constexpr,
+             TILE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """64 rows of the weight times x.T."""
+    scale, zero, bias, out = pointers
+    x_s, w_s = places
+    full, empty = barriers
+    PER_BYTE: gl.constexpr = 8 // BITS
+    GROUPS: gl.constexpr = (K + GROUP - 1) // GROUP
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    n = first_n + TEAM * 64 + gl.arange(0, 64, gl.SliceLayout(1, CODES))
+    n_inside = n < N
+    acc = gl.zeros([64, BLOCK_M], gl.float32, layout=layout)
+    stage = 0
+    phase = 0
+    for step in range(steps):
+        # What is read of memory begins its way before the wait.
+        scales = ()
+        zeros = ()
+        for half in gl.static_range(2):
+            block = (first + step) * 2 + half
+            if SCALED != "after":
+                scales = scales + (_scales(scale, n, n_inside, block, K, BITS, RUN, TILE, GROUPS, ROWS, GROUP,
+                                           COMPUTE),)  # fmt: skip
+            if ZEROS > 0:
+                zeros = zeros + (_scales(zero, n, n_inside, block, K, BITS, RUN, TILE, GROUPS, ROWS, GROUP,
+                                         COMPUTE),)  # fmt: skip
+        mbarrier.wait(full.index(stage), phase)
+        for half in gl.static_range(2):
+            operands = (w_s.index((stage * 2 + half) * TEAMS + TEAM).load(CODES),) + planes
+            for zero_part in gl.static_range(ZEROS):
+                for side in gl.static_range(PER_BYTE):
+                    z = _both(zeros[half], (side == 1) != HIGH_FIRST)
+                    rounded = z.to(DTYPE)
+                    if zero_part == 1:
+                        rounded = (z - rounded.to(gl.float32)).to(DTYPE)
+                    operands = operands + (rounded[:, None],)
+            if BITS == 8:
+                values = (gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, DTYPE.value, True, 4),)
+            else:
+                values = gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, (DTYPE.value, DTYPE.value),
+                                                   True, 4)  # fmt: skip
+            for side in gl.static_range(PER_BYTE):
+                by = n
+                if SCALED != "after":
+                    by = _both(scales[half], (side == 1) != HIGH_FIRST)
+                a = _operand(values[side], by, MULTIPLY, SCALED, DTYPE, TILE, a_layout)
+                b = x_s.index((stage * 2 + half) * PER_BYTE + side).permute((1, 0))
+                acc = warpgroup_mma(a, b, acc, is_async=True)
+            # The second half is decoded beside the first one's products. Products that are under way from one turn of
+            # the loop to the next would be serialised by ptxas.
+            acc = warpgroup_mma_wait(PER_BYTE if half == 0 else 0, deps=[acc])
+        synchronize()  # all warps have read the stage
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+
+    out_n = first_n + TEAM * 64 + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    out_m = m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
+    inside = out_n < N
+    if SCALED == "after":
+        acc = acc * _group(scale, out_n, 0, inside, GROUPS, ROWS, GROUP, COMPUTE)[:, None]
+    if BIASED:
+        acc = acc + gl.load(bias + out_n, inside & (part == 0), other=0.0).to(gl.float32)[:, None]
+    at = (part * M + out_m).to(gl.int64)[None, :] * N + out_n[:, None]
+    gl.store(out + at, acc.to(out.dtype.element_ty), inside[:, None] & (out_m < M)[None, :])
+
+
+@gluon.jit
+def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABLE: gl.constexpr,
+           CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, MULTIPLY: gl.constexpr, SCALED: gl.constexpr,
+           HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
+           COMPUTE: gl.constexpr, ZEROS: gl.constexpr, BIASED: gl.constexpr, DTYPE: gl.constexpr,
+           CODES: gl.constexpr, TEAMS: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr,
+           STAGES: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+    """A tile [BLOCK_M, 64 * TEAMS] of the result, or one of PARTS parts of its sums.
+
+    x has its columns in the order that `_dequant_tiled.arranged` gives them. One warp moves tiles to shared memory;
+    TEAMS groups of four warps decode 64 rows of the weight each into the registers that they multiply from.
+
+    SCALED: "after" the sum; or each weight, in x's dtype ("same") or in fp32 ("wide").
+    """
+    PER_BYTE: gl.constexpr = 8 // BITS
+    STEPS: gl.constexpr = (K // PER_BYTE + 2 * TILE - 1) // (2 * TILE)
+    EACH: gl.constexpr = (STEPS + PARTS - 1) // PARTS
+    x_s = gl.allocate_shared_memory(x.dtype, [STAGES * 2 * PER_BYTE, BLOCK_M, TILE], x.layout)
+    w_s = gl.allocate_shared_memory(codes.dtype, [STAGES * 2 * TEAMS, 64, TILE], codes.layout)
+    full = barrier_ring(STAGES, 1)
+    empty = barrier_ring(STAGES, TEAMS)
+    fence_async_shared()
+
+    # tiles of x take turns with the same rows of the weight, which L2 then has
+    tiles_m = gl.cdiv(M, BLOCK_M)
+    tiles_n = gl.cdiv(N, 64 * TEAMS)
+    m = gl.program_id(0) % tiles_m
+    first_n = gl.program_id(0) // tiles_m % tiles_n * (64 * TEAMS)
+    part = gl.program_id(0) // (tiles_m * tiles_n)
+    first = part * EACH
+    steps = gl.minimum(STEPS - first, EACH)
+    planes = ()
+    if TABLE:
+        planes = _table(lut, DTYPE)
+    places = (x_s, w_s)
+    barriers = (full, empty)
+    pointers = (scale, zero, bias, out)
+    # one launch for each number of groups: constants have to be named in each call
+    if TEAMS == 1:
+        gl.warp_specialize([
+            (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
+                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
+                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, PER_BYTE, BLOCK_M, TILE, STAGES)),
+        ], [1], [24])  # fmt: skip
+    elif TEAMS == 2:
+        gl.warp_specialize([
+            (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
+                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
+                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_consume, (1, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
+                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
+                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, PER_BYTE, BLOCK_M, TILE, STAGES)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    else:
+        gl.static_assert(TEAMS == 4)
+        gl.warp_specialize([
+            (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
+                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
+                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_consume, (1, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
+                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
+                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_consume, (2, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
+                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
+                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_consume, (3, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
+                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
+                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, PER_BYTE, BLOCK_M, TILE, STAGES)),
+        ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
