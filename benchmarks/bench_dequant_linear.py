@@ -153,12 +153,12 @@ CONFIGS = [few.Config(*each) for each in (
 )]  # fmt: skip
 
 
-TILED = {  # by rows of x; of 4-bit codes, tiles have 32 bytes
-    64: ["64/2/1/1/64", "64/4/1/3/64", "64/2/1/3/64", "64/1/2/1/64", "64/2/2/3/64", "64/2/1/1/32", "64/4/1/1/64",
-         "64/1/3/1/64"],
-    128: ["128/2/1/1/32", "128/4/1/3/32", "128/2/1/3/32", "128/1/2/1/32", "64/2/1/1/64", "64/4/1/1/64"],
-    256: ["256/2/1/1/32", "128/2/1/1/32", "128/4/1/1/32", "256/1/1/1/32", "128/4/1/2/32"],
-    512: ["256/2/1/1/32", "128/2/1/1/32", "128/4/1/1/32", "256/1/1/1/32"],
+TILED = {  # by rows of x; of 4-bit codes, steps have 64 bytes
+    64: ["64/2/1/1/128", "64/4/1/3/128", "64/2/1/3/128", "64/1/2/1/128", "64/2/2/3/128", "64/2/1/1/64", "64/4/1/1/128",
+         "64/1/3/1/128"],
+    128: ["128/2/1/1/64", "128/4/1/3/64", "128/2/1/3/64", "128/1/2/1/64", "64/2/1/1/128", "64/4/1/1/128"],
+    256: ["256/2/1/1/64", "128/2/1/1/64", "128/4/1/1/64", "256/1/1/1/64", "128/4/1/2/64"],
+    512: ["256/2/1/1/64", "128/2/1/1/64", "128/4/1/1/64", "256/1/1/1/64"],
 }  # fmt: skip
 
 
@@ -182,7 +182,9 @@ def sweep(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, devic
         if reasons[1] is None and m > 16:
             texts = [text for size, some in TILED.items() if m <= size < 2 * m for text in some]
             chosen = [tiled.Config(*map(int, text.split("/"))) for text in texts]
-            for each in dict.fromkeys(c._replace(tile=32) if form.bits == 4 else c for c in chosen):
+            if form.bits == 4:  # 96 registers a thread are too few for 4 groups of 64 sums
+                chosen = [c for c in chosen if c.teams < 4 or c.block_m <= 64]
+            for each in dict.fromkeys(c._replace(tile=64) if form.bits == 4 else c for c in chosen):
                 variants["tiled/" + "/".join(map(str, each))] = lambda i, x=x, each=each: tiled.tiled_linear(
                     x, *weights[i], None, form, each)  # fmt: skip
         start = time.perf_counter()

@@ -37,7 +37,7 @@ class Config(NamedTuple):
         teams: groups of four warps, each with 64 rows of the weight: 1, 2 or 4.
         programs: on a multiprocessor at a time.
         parts: programs that share a tile's sums.
-        tile: bytes of a row of the weight in half a step: 32 or 64.
+        tile: bytes of a row of the weight in a step, at most: 32, 64 or 128.
         stages: steps under way, at most.
     """
 
@@ -45,19 +45,19 @@ class Config(NamedTuple):
     teams: int = 2
     programs: int = 1
     parts: int = 1
-    tile: int = 64
+    tile: int = 128
     stages: int = 8
 
 
 def config(m: int, n: int, k: int, form: Format) -> Config:
     """benchmarks/bench_dequant_linear.py --sweep --rows 64,128,256 tries others."""
     wide = form.bits == 8 and m <= 64
-    return Config(max(32, min(1 << (m - 1).bit_length(), 256)), 2, 1, 1, 64 if wide else 32)
+    return Config(max(32, min(1 << (m - 1).bit_length(), 256)), 2, 1, 1, 128 if wide else 64)
 
 
 def stages_that_fit(chosen: Config, tile: int, bits: int) -> int:
     """The steps under way that fit in shared memory, up to the configured ones."""
-    step = 2 * tile * (64 * chosen.teams + 2 * chosen.block_m * (8 // bits))
+    step = tile * (64 * chosen.teams + 2 * chosen.block_m * (8 // bits))
     return min(chosen.stages, (SHARED // chosen.programs - 2048) // step)
 
 
@@ -98,14 +98,14 @@ def _arrange(x, out, K: tl.constexpr, PER_BYTE: tl.constexpr, HIGH_FIRST: tl.con
              SWAPPED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) // ((K + BLOCK - 1) // BLOCK)
     at = tl.program_id(0) % ((K + BLOCK - 1) // BLOCK) * BLOCK + tl.arange(0, BLOCK)
-    block = at // (TILE * PER_BYTE)
-    side = at // TILE % PER_BYTE
-    within = at % TILE  # 16 s + 8 h + 2 t + e: lane t's word s has two pairs h
+    half = at // (TILE * PER_BYTE // 2)
+    side = at // (TILE // 2) % PER_BYTE
+    within = at % (TILE // 2)  # 16 s + 8 h + 2 t + e: lane t's word s has two pairs h
     word, lane = within // 16, within // 2 % 4
     byte = within // 8 % 2 * 2 + within % 2
     if SWAPPED:
         byte = byte // 2 + byte % 2 * 2
-    byte += block * TILE + lane * (TILE // 4) + word * 4
+    byte += half // 2 * TILE + lane * (TILE // 4) + half % 2 * (TILE // 8) + word * 4
     if HIGH_FIRST:
         side = 1 - side
     if PER_BYTE == 1:
@@ -165,7 +165,7 @@ def constants(x: Tensor, codes: Tensor, zero: Tensor | None, bias: Tensor | None
         "HIGH_FIRST": form.nibbles.endswith("high"), "RUN": run_of(codes, form), "K": k, "ROWS": form.rows,
         "GROUP": min(form.group, k), "COMPUTE": getattr(gl, form.compute), "ZEROS": _zeros(x, zero, form),
         "BIASED": bias is not None, "DTYPE": getattr(gl, _DTYPES[x.dtype]), "CODES": _layout(tile),
-        "TEAMS": chosen.teams, "BLOCK_M": chosen.block_m, "TILE": tile,
+        "HALVES": _layout(tile // 2), "TEAMS": chosen.teams, "BLOCK_M": chosen.block_m, "TILE": tile,
         "STAGES": stages_that_fit(chosen, tile, form.bits), "PARTS": chosen.parts, "REGISTERS": registers(chosen)[1],
     }  # fmt: skip
 
@@ -193,9 +193,10 @@ def tiled_linear(
     read = codes.view(torch.uint8).view(n, -1)
     with on_device_of(x):
         ordered = arranged(flat, codes, form, known["TILE"])
-        arguments = [_descriptor(ordered, chosen.block_m, known["TILE"]), _descriptor(read, 64, known["TILE"]), scale,
-                     scale if zero is None else zero, scale if lut is None else lut,
-                     scale if bias is None else bias, sums, m, n]  # fmt: skip
+        width = known["TILE"] * 4 // form.bits
+        arguments = [_descriptor(ordered, chosen.block_m, width), _descriptor(read, 64, known["TILE"]), scale,
+                     scale if zero is None else zero, scale if lut is None else lut, scale if bias is None else bias,
+                     sums, m, n]  # fmt: skip
         grid = -(-m // chosen.block_m) * -(-n // (64 * chosen.teams)) * chosen.parts
         launch(kernel, grid, arguments, {**known, "num_warps": 4, "maxnreg": registers(chosen)[0]})
         if sums is not out:

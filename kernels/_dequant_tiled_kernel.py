@@ -20,48 +20,53 @@ __all__ = ["MISSING", "gl", "kernel"]
 
 
 @gluon.jit
-def _produce(x, codes, places, barriers, m, first_n, first, steps, TEAMS: gl.constexpr, PER_BYTE: gl.constexpr,
-             BLOCK_M: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Moves two tiles of the weight's bytes a step, of all rows, and what they are multiplied with."""
+def _produce(x, codes, places, barriers, m, first_n, first, steps, TEAMS: gl.constexpr, BLOCK_M: gl.constexpr,
+             WIDTH: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Moves a step's bytes of the weight, of all rows, and the two tiles that they are multiplied with."""
     x_s, w_s = places
     full, empty = barriers
     stage = 0
     phase = 1
     for step in range(first, first + steps):
         mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(full.index(stage), 2 * TEAMS * codes.block_type.nbytes + 2 * PER_BYTE * x.block_type.nbytes)
+        mbarrier.expect(full.index(stage), TEAMS * codes.block_type.nbytes + 2 * x.block_type.nbytes)
+        for i in gl.static_range(TEAMS):
+            async_load(codes, [first_n + i * 64, step * TILE], full.index(stage), w_s.index(stage * TEAMS + i))
         for half in gl.static_range(2):
-            for i in gl.static_range(TEAMS):
-                async_load(codes, [first_n + i * 64, (step * 2 + half) * TILE], full.index(stage),
-                           w_s.index((stage * 2 + half) * TEAMS + i))  # fmt: skip
-        for part in gl.static_range(2 * PER_BYTE):
-            async_load(x, [m * BLOCK_M, (step * 2 * PER_BYTE + part) * TILE], full.index(stage),
-                       x_s.index(stage * 2 * PER_BYTE + part))  # fmt: skip
+            async_load(x, [m * BLOCK_M, (step * 2 + half) * WIDTH], full.index(stage), x_s.index(stage * 2 + half))
         stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
-def _scales(values, n, n_inside, block, K: gl.constexpr, BITS: gl.constexpr, RUN: gl.constexpr, TILE: gl.constexpr,
+def _scales(values, n, n_inside, step, K: gl.constexpr, BITS: gl.constexpr, RUN: gl.constexpr, TILE: gl.constexpr,
             GROUPS: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, COMPUTE: gl.constexpr):  # fmt: skip
-    """Scales or zero points of a tile's rows, of the first and second halves of bytes where they may differ."""
+    """Scales or zero points of a step's rows, of the first and second halves of bytes where they may differ."""
     found = ()
     for side in gl.static_range(2 if RUN > 0 and GROUPS > 1 else 1):
-        column = _column(block, side, BITS, RUN, TILE)
-        found = found + (_group(values, n, column, n_inside & (column < K), GROUPS, ROWS, GROUP, COMPUTE),)
+        column = _column(step, side, BITS, RUN, TILE)
+        found = found + (_group(values, n, column, n_inside, GROUPS, ROWS, GROUP, COMPUTE),)
     return found
 
 
 @gluon.jit
-def _operand(value, scale, MULTIPLY: gl.constexpr, SCALED: gl.constexpr, DTYPE: gl.constexpr, TILE: gl.constexpr,
-             layout: gl.constexpr):  # fmt: skip
-    """A tile as the product's operand: 16 of its columns are four bytes of each of four lanes."""
+def _halves(tile, layout: gl.constexpr, TILE: gl.constexpr):
+    """Each lane's first and second halves of a step's bytes [64, TILE]."""
+    one, other = tile.reshape([64, 4, 2, TILE // 8]).permute((0, 1, 3, 2)).split()
+    one = gl.convert_layout(one.reshape([64, TILE // 2]), layout, assert_trivial=True)
+    other = gl.convert_layout(other.reshape([64, TILE // 2]), layout, assert_trivial=True)
+    return one, other
+
+
+@gluon.jit
+def _scaled(value, scale, MULTIPLY: gl.constexpr, SCALED: gl.constexpr, DTYPE: gl.constexpr,
+            HALF: gl.constexpr):  # fmt: skip
+    """Weights [64, HALF], their columns in the product's order: 16 of them are four bytes of each of four lanes."""
     if SCALED == "same":
         rounded = scale.to(DTYPE)[:, None]
         value = gl.inline_asm_elementwise(MULTIPLY, "=r,=r,r,r,r,r", [value, rounded], DTYPE.value, True, 4)
     elif SCALED == "wide":
         value = (value.to(gl.float32) * scale[:, None]).to(DTYPE)
-    value = value.reshape([64, 4, TILE // 16, 2, 2]).permute((0, 2, 3, 1, 4)).reshape([64, TILE])
-    return gl.convert_layout(value, layout, assert_trivial=True)
+    return value.reshape([64, 4, HALF // 16, 2, 2]).permute((0, 2, 3, 1, 4)).reshape([64, HALF])
 
 
 @gluon.jit
@@ -69,8 +74,8 @@ def _consume(TEAM: gl.constexpr, pointers, places, barriers, planes, M, N, m, fi
              BITS: gl.constexpr, CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, MULTIPLY: gl.constexpr,
              SCALED: gl.constexpr, HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr,
              GROUP: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr, BIASED: gl.constexpr,
-             DTYPE: gl.constexpr, CODES: gl.constexpr, TEAMS: gl.constexpr, BLOCK_M: gl.constexpr,
-             TILE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+             DTYPE: gl.constexpr, CODES: gl.constexpr, HALVES: gl.constexpr, TEAMS: gl.constexpr,
+             BLOCK_M: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """64 rows of the weight times x.T."""
     scale, zero, bias, out = pointers
     x_s, w_s = places
@@ -79,7 +84,7 @@ def _consume(TEAM: gl.constexpr, pointers, places, barriers, planes, M, N, m, fi
     GROUPS: gl.constexpr = (K + GROUP - 1) // GROUP
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    n = first_n + TEAM * 64 + gl.arange(0, 64, gl.SliceLayout(1, CODES))
+    n = first_n + TEAM * 64 + gl.arange(0, 64, gl.SliceLayout(1, HALVES))
     n_inside = n < N
     acc = gl.zeros([64, BLOCK_M], gl.float32, layout=layout)
     stage = 0
@@ -88,39 +93,37 @@ def _consume(TEAM: gl.constexpr, pointers, places, barriers, planes, M, N, m, fi
         # What is read of memory begins its way before the wait.
         scales = ()
         zeros = ()
-        for half in gl.static_range(2):
-            block = (first + step) * 2 + half
-            if SCALED != "after":
-                scales = scales + (_scales(scale, n, n_inside, block, K, BITS, RUN, TILE, GROUPS, ROWS, GROUP,
-                                           COMPUTE),)  # fmt: skip
-            if ZEROS > 0:
-                zeros = zeros + (_scales(zero, n, n_inside, block, K, BITS, RUN, TILE, GROUPS, ROWS, GROUP,
-                                         COMPUTE),)  # fmt: skip
+        if SCALED != "after":
+            scales = _scales(scale, n, n_inside, first + step, K, BITS, RUN, TILE, GROUPS, ROWS, GROUP, COMPUTE)
+        if ZEROS > 0:
+            zeros = _scales(zero, n, n_inside, first + step, K, BITS, RUN, TILE, GROUPS, ROWS, GROUP, COMPUTE)
         mbarrier.wait(full.index(stage), phase)
+        halves = _halves(w_s.index(stage * TEAMS + TEAM).load(CODES), HALVES, TILE)
         for half in gl.static_range(2):
-            operands = (w_s.index((stage * 2 + half) * TEAMS + TEAM).load(CODES),) + planes
+            operands = (halves[half],) + planes
             for zero_part in gl.static_range(ZEROS):
                 for side in gl.static_range(PER_BYTE):
-                    z = _both(zeros[half], (side == 1) != HIGH_FIRST)
+                    z = _both(zeros, (side == 1) != HIGH_FIRST)
                     rounded = z.to(DTYPE)
                     if zero_part == 1:
                         rounded = (z - rounded.to(gl.float32)).to(DTYPE)
                     operands = operands + (rounded[:, None],)
+            if SCALED == "after":
+                scales = (n,)
             if BITS == 8:
-                values = (gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, DTYPE.value, True, 4),)
+                value = gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, DTYPE.value, True, 4)
+                a = _scaled(value, scales[0], MULTIPLY, SCALED, DTYPE, TILE // 2)
             else:
-                values = gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, (DTYPE.value, DTYPE.value),
-                                                   True, 4)  # fmt: skip
-            for side in gl.static_range(PER_BYTE):
-                by = n
-                if SCALED != "after":
-                    by = _both(scales[half], (side == 1) != HIGH_FIRST)
-                a = _operand(values[side], by, MULTIPLY, SCALED, DTYPE, TILE, a_layout)
-                b = x_s.index((stage * 2 + half) * PER_BYTE + side).permute((1, 0))
-                acc = warpgroup_mma(a, b, acc, is_async=True)
+                low, high = gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, (DTYPE.value, DTYPE.value),
+                                                      True, 4)  # fmt: skip
+                low = _scaled(low, _both(scales, HIGH_FIRST), MULTIPLY, SCALED, DTYPE, TILE // 2)
+                high = _scaled(high, _both(scales, not HIGH_FIRST), MULTIPLY, SCALED, DTYPE, TILE // 2)
+                a = gl.join(low, high).permute((0, 2, 1)).reshape([64, TILE])
+            a = gl.convert_layout(a, a_layout, assert_trivial=True)
+            acc = warpgroup_mma(a, x_s.index(stage * 2 + half).permute((1, 0)), acc, is_async=True)
             # The second half is decoded beside the first one's products. Products that are under way from one turn of
             # the loop to the next would be serialised by ptxas.
-            acc = warpgroup_mma_wait(PER_BYTE if half == 0 else 0, deps=[acc])
+            acc = warpgroup_mma_wait(1 if half == 0 else 0, deps=[acc])
         synchronize()  # all warps have read the stage
         mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
@@ -141,8 +144,8 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
            CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, MULTIPLY: gl.constexpr, SCALED: gl.constexpr,
            HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
            COMPUTE: gl.constexpr, ZEROS: gl.constexpr, BIASED: gl.constexpr, DTYPE: gl.constexpr,
-           CODES: gl.constexpr, TEAMS: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr,
-           STAGES: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+           CODES: gl.constexpr, HALVES: gl.constexpr, TEAMS: gl.constexpr, BLOCK_M: gl.constexpr,
+           TILE: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     """A tile [BLOCK_M, 64 * TEAMS] of the result, or one of PARTS parts of its sums.
 
     x has its columns in the order that `_dequant_tiled.arranged` gives them. One warp moves tiles to shared memory;
@@ -151,10 +154,11 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     SCALED: "after" the sum; or each weight, in x's dtype ("same") or in fp32 ("wide").
     """
     PER_BYTE: gl.constexpr = 8 // BITS
-    STEPS: gl.constexpr = (K // PER_BYTE + 2 * TILE - 1) // (2 * TILE)
+    WIDTH: gl.constexpr = TILE * PER_BYTE // 2  # columns of half a step
+    STEPS: gl.constexpr = K // PER_BYTE // TILE
     EACH: gl.constexpr = (STEPS + PARTS - 1) // PARTS
-    x_s = gl.allocate_shared_memory(x.dtype, [STAGES * 2 * PER_BYTE, BLOCK_M, TILE], x.layout)
-    w_s = gl.allocate_shared_memory(codes.dtype, [STAGES * 2 * TEAMS, 64, TILE], codes.layout)
+    x_s = gl.allocate_shared_memory(x.dtype, [STAGES * 2, BLOCK_M, WIDTH], x.layout)
+    w_s = gl.allocate_shared_memory(codes.dtype, [STAGES * TEAMS, 64, TILE], codes.layout)
     full = barrier_ring(STAGES, 1)
     empty = barrier_ring(STAGES, TEAMS)
     fence_async_shared()
@@ -178,33 +182,33 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
         gl.warp_specialize([
             (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
                         CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, PER_BYTE, BLOCK_M, TILE, STAGES)),
+                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES)),
         ], [1], [24])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
             (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
                         CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
+                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
             (_consume, (1, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
                         CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, PER_BYTE, BLOCK_M, TILE, STAGES)),
+                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(TEAMS == 4)
         gl.warp_specialize([
             (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
                         CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
+                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
             (_consume, (1, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
                         CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
+                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
             (_consume, (2, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
                         CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
+                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
             (_consume, (3, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
                         CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, PER_BYTE, BLOCK_M, TILE, STAGES)),
+                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

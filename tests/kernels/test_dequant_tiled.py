@@ -22,12 +22,12 @@ def operands(codes: torch.Tensor, form: Format, tile: int) -> torch.Tensor:
     n = read.shape[0]
     words = read.view(n, -1, 4)[..., list(order(form))]  # four bytes a step of the conversion, as its results come
     sides = [words] if form.bits == 8 else [words & 15, words >> 4]
-    lanes = [side.reshape(n, -1, 4, tile // 16, 2, 2).permute(0, 1, 3, 4, 2, 5) for side in sides]
-    return torch.stack([lane.reshape(n, -1, tile) for lane in lanes], 2).flatten(1)
+    lanes = [side.reshape(n, -1, 4, 2, tile // 32, 2, 2).permute(0, 1, 3, 4, 5, 2, 6) for side in sides]
+    return torch.stack([lane.reshape(n, -1, tile // 2) for lane in lanes], 2).flatten(1)
 
 
 @pytest.mark.skipif(not RUNS, reason="needs a GPU or the interpreter")
-@pytest.mark.parametrize("tile", [32, 64])
+@pytest.mark.parametrize("tile", [32, 64, 128])
 @pytest.mark.parametrize("name", ["uint8_groups", "uint4_high_zero", "uint4_half", "uint4_half_high_zero", "nf4"])
 def test_activations_have_the_order_of_the_weight(name: str, tile: int) -> None:
     form, _, run = FORMATS[name]
@@ -49,11 +49,12 @@ def compiled(form: Format, found: Parts, dtype: torch.dtype, chosen: tiled.Confi
     known = tiled.constants(x, codes, zero, None, form, chosen)
     hash(tuple(known.values()))  # a launch's key
     gl, tile = tiled.gl, known["TILE"]
+    width = tile * 4 // form.bits
     short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-    x_layout = gl.NVMMASharedLayout.get_default_for([chosen.block_m, tile], gl.float16)
+    x_layout = gl.NVMMASharedLayout.get_default_for([chosen.block_m, width], gl.float16)
     w_layout = gl.NVMMASharedLayout.get_default_for([64, tile], gl.uint8)
     kinds = {
-        "x": f"tensordesc<{short[dtype]}[{chosen.block_m}, {tile}],{x_layout!r}>",
+        "x": f"tensordesc<{short[dtype]}[{chosen.block_m}, {width}],{x_layout!r}>",
         "codes": f"tensordesc<u8[64, {tile}],{w_layout!r}>", "M": "i32", "N": "i32",
         "out": "*fp32" if chosen.parts > 1 else f"*{short[dtype]}",
         **{name: f"*{short[(scale if part is None else part).dtype]}"
@@ -70,11 +71,11 @@ def compiled(form: Format, found: Parts, dtype: torch.dtype, chosen: tiled.Confi
 
 
 COMPILED = {
-    "int8_per_row": (torch.float16, tiled.Config(64, 2, 1, 1, 64)),
-    "uint4_high_zero": (torch.float16, tiled.Config(64, 4, 1, 3, 32)),
-    "uint4_half_high_zero": (torch.float16, tiled.Config(128, 1, 2, 1, 32)),
-    "fp8_blocks": (torch.bfloat16, tiled.Config(256, 2, 1, 1, 32)),
-    "nf4": (torch.float16, tiled.Config(64, 2, 1, 1, 32)),
+    "int8_per_row": (torch.float16, tiled.Config(64, 2, 1, 1, 128)),
+    "uint4_high_zero": (torch.float16, tiled.Config(64, 4, 1, 3, 64)),
+    "uint4_half_high_zero": (torch.float16, tiled.Config(128, 1, 2, 1, 64)),
+    "fp8_blocks": (torch.bfloat16, tiled.Config(256, 2, 1, 1, 64)),
+    "nf4": (torch.float16, tiled.Config(64, 2, 1, 1, 64)),
 }
 
 
@@ -146,8 +147,8 @@ def test_rows_decide_which_kernel_runs(rows: int, ways: str, monkeypatch: pytest
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype, rows, k, chosen", [
     (torch.float16, 17, 256, None), (torch.bfloat16, 64, 320, None), (torch.float16, 100, 1600, None),
-    (torch.float16, 300, 320, None), (torch.bfloat16, 64, 1600, tiled.Config(64, 4, 1, 3, 32)),
-    (torch.float16, 130, 1600, tiled.Config(128, 1, 2, 2, 32)),
+    (torch.float16, 300, 320, None), (torch.bfloat16, 64, 1600, tiled.Config(64, 4, 1, 3, 64)),
+    (torch.float16, 130, 1600, tiled.Config(128, 1, 2, 2, 64)),
 ])  # fmt: skip
 def test_some_rows_times_codes(name: str, dtype: torch.dtype, rows: int, k: int, chosen: tiled.Config | None) -> None:
     """More steps than stages, tails in all three directions, parts."""
