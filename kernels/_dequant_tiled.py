@@ -23,6 +23,11 @@ from ._dequant_tiled_kernel import MISSING, gl, kernel
 from ._ops import INTERPRETED, launch, no_triton, on_device_of, tl, triton
 from .packed_weight import Format, weight_shape
 
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents
+except ImportError:  # MISSING says so
+    gdc_launch_dependents = None
+
 MAX_ROWS = 1024
 SHARED = 227 << 10  # bytes of shared memory of a multiprocessor for programs
 REGISTERS = 65536
@@ -39,6 +44,7 @@ class Config(NamedTuple):
         parts: programs that share a tile's sums.
         tile: bytes of a row of the weight in a step, at most: 32, 64 or 128.
         stages: steps under way, at most.
+        early: begins while x is still being arranged (programmatic dependent launch).
     """
 
     block_m: int = 64
@@ -47,6 +53,7 @@ class Config(NamedTuple):
     parts: int = 1
     tile: int = 128
     stages: int = 8
+    early: bool = False
 
 
 def config(m: int, n: int, k: int, form: Format) -> Config:
@@ -95,7 +102,9 @@ def no_layout(
 
 @triton.jit
 def _arrange(x, out, K: tl.constexpr, PER_BYTE: tl.constexpr, HIGH_FIRST: tl.constexpr, RUN: tl.constexpr,
-             SWAPPED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+             SWAPPED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
     row = tl.program_id(0) // ((K + BLOCK - 1) // BLOCK)
     at = tl.program_id(0) % ((K + BLOCK - 1) // BLOCK) * BLOCK + tl.arange(0, BLOCK)
     half = at // (TILE * PER_BYTE // 2)
@@ -118,14 +127,14 @@ def _arrange(x, out, K: tl.constexpr, PER_BYTE: tl.constexpr, HIGH_FIRST: tl.con
     tl.store(out + start + at, tl.load(x + start + column, at < K), at < K)
 
 
-def arranged(x: Tensor, codes: Tensor, form: Format, tile: int) -> Tensor:
+def arranged(x: Tensor, codes: Tensor, form: Format, tile: int, early: bool = False) -> Tensor:
     """x [M, K], contiguous, with its columns in the order in which the kernel's lanes have those of the weight."""
     m, k = x.shape
     out = torch.empty_like(x)
     block = 512
     constants = {
         "K": k, "PER_BYTE": 8 // form.bits, "HIGH_FIRST": form.nibbles.endswith("high"), "RUN": run_of(codes, form),
-        "SWAPPED": order(form) == (0, 2, 1, 3), "TILE": tile, "BLOCK": block, "num_warps": 4,
+        "SWAPPED": order(form) == (0, 2, 1, 3), "TILE": tile, "BLOCK": block, "EARLY": early, "num_warps": 4,
     }  # fmt: skip
     launch(_arrange, m * -(-k // block), [x, out], constants)
     return out
@@ -166,7 +175,8 @@ def constants(x: Tensor, codes: Tensor, zero: Tensor | None, bias: Tensor | None
         "GROUP": min(form.group, k), "COMPUTE": getattr(gl, form.compute), "ZEROS": _zeros(x, zero, form),
         "BIASED": bias is not None, "DTYPE": getattr(gl, _DTYPES[x.dtype]), "CODES": _layout(tile),
         "HALVES": _layout(tile // 2), "TEAMS": chosen.teams, "BLOCK_M": chosen.block_m, "TILE": tile,
-        "STAGES": stages_that_fit(chosen, tile, form.bits), "PARTS": chosen.parts, "REGISTERS": registers(chosen)[1],
+        "STAGES": stages_that_fit(chosen, tile, form.bits), "PARTS": chosen.parts, "EARLY": chosen.early,
+        "REGISTERS": registers(chosen)[1],
     }  # fmt: skip
 
 
@@ -192,13 +202,14 @@ def tiled_linear(
     sums = out if chosen.parts == 1 else flat.new_empty(chosen.parts, m, n, dtype=torch.float32)
     read = codes.view(torch.uint8).view(n, -1)
     with on_device_of(x):
-        ordered = arranged(flat, codes, form, known["TILE"])
+        ordered = arranged(flat, codes, form, known["TILE"], chosen.early)
         width = known["TILE"] * 4 // form.bits
         arguments = [_descriptor(ordered, chosen.block_m, width), _descriptor(read, 64, known["TILE"]), scale,
                      scale if zero is None else zero, scale if lut is None else lut, scale if bias is None else bias,
                      sums, m, n]  # fmt: skip
+        options = {**known, "num_warps": 4, "maxnreg": registers(chosen)[0], "launch_pdl": chosen.early}
         grid = -(-m // chosen.block_m) * -(-n // (64 * chosen.teams)) * chosen.parts
-        launch(kernel, grid, arguments, {**known, "num_warps": 4, "maxnreg": registers(chosen)[0]})
+        launch(kernel, grid, arguments, options)
         if sums is not out:
             block = 1024
             launch(_add, -(-out.numel() // block), [sums, out, out.numel()],

@@ -13,6 +13,7 @@ if not MISSING:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
+    from triton.language.extra.cuda import gdc_wait
 
     from ._hopper_gemm_epilogue import synchronize
 
@@ -20,20 +21,33 @@ __all__ = ["MISSING", "gl", "kernel"]
 
 
 @gluon.jit
+def _fetch(codes, place, barrier, first_n, step, at, bytes, TEAMS: gl.constexpr, TILE: gl.constexpr):  # fmt: skip
+    """Announces `bytes` of a stage, and begins to move a step's bytes of the weight, of all rows."""
+    mbarrier.expect(barrier, bytes)
+    for i in gl.static_range(TEAMS):
+        async_load(codes, [first_n + i * 64, step * TILE], barrier, place.index(at * TEAMS + i))
+
+
+@gluon.jit
 def _produce(x, codes, places, barriers, m, first_n, first, steps, TEAMS: gl.constexpr, BLOCK_M: gl.constexpr,
-             WIDTH: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Moves a step's bytes of the weight, of all rows, and the two tiles that they are multiplied with."""
+             WIDTH: gl.constexpr, TILE: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    """Moves a step's bytes of the weight and the two tiles that they are multiplied with."""
+    BYTES: gl.constexpr = TEAMS * codes.block_type.nbytes + 2 * x.block_type.nbytes
     x_s, w_s = places
     full, empty = barriers
+    if EARLY:  # the launch before may still be at work on x
+        for step in range(gl.minimum(steps, STAGES)):
+            _fetch(codes, w_s, full.index(step), first_n, first + step, step, BYTES, TEAMS, TILE)
+        gdc_wait()
     stage = 0
     phase = 1
-    for step in range(first, first + steps):
-        mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(full.index(stage), TEAMS * codes.block_type.nbytes + 2 * x.block_type.nbytes)
-        for i in gl.static_range(TEAMS):
-            async_load(codes, [first_n + i * 64, step * TILE], full.index(stage), w_s.index(stage * TEAMS + i))
+    for step in range(steps):
+        if not EARLY or step >= STAGES:
+            mbarrier.wait(empty.index(stage), phase)
+            _fetch(codes, w_s, full.index(stage), first_n, first + step, stage, BYTES, TEAMS, TILE)
         for half in gl.static_range(2):
-            async_load(x, [m * BLOCK_M, (step * 2 + half) * WIDTH], full.index(stage), x_s.index(stage * 2 + half))
+            async_load(x, [m * BLOCK_M, ((first + step) * 2 + half) * WIDTH], full.index(stage),
+                       x_s.index(stage * 2 + half))  # fmt: skip
         stage, phase = next_stage(stage, phase, STAGES)
 
 
@@ -145,13 +159,15 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
            HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
            COMPUTE: gl.constexpr, ZEROS: gl.constexpr, BIASED: gl.constexpr, DTYPE: gl.constexpr,
            CODES: gl.constexpr, HALVES: gl.constexpr, TEAMS: gl.constexpr, BLOCK_M: gl.constexpr,
-           TILE: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+           TILE: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, EARLY: gl.constexpr,
+           REGISTERS: gl.constexpr):  # fmt: skip
     """A tile [BLOCK_M, 64 * TEAMS] of the result, or one of PARTS parts of its sums.
 
     x has its columns in the order that `_dequant_tiled.arranged` gives them. One warp moves tiles to shared memory;
     TEAMS groups of four warps decode 64 rows of the weight each into the registers that they multiply from.
 
     SCALED: "after" the sum; or each weight, in x's dtype ("same") or in fp32 ("wide").
+    EARLY: x may not have been written yet, by the launch before; nothing else that is read is written there.
     """
     PER_BYTE: gl.constexpr = 8 // BITS
     WIDTH: gl.constexpr = TILE * PER_BYTE // 2  # columns of half a step
@@ -183,7 +199,8 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
             (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
                         CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
                         DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES)),
+            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES,
+                        EARLY)),
         ], [1], [24])  # fmt: skip
     elif TEAMS == 2:
         gl.warp_specialize([
@@ -193,7 +210,8 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
             (_consume, (1, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
                         CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
                         DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES)),
+            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES,
+                        EARLY)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(TEAMS == 4)
@@ -210,5 +228,6 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
             (_consume, (3, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
                         CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
                         DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES)),
+            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES,
+                        EARLY)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

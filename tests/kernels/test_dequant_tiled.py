@@ -75,7 +75,7 @@ COMPILED = {
     "uint4_high_zero": (torch.float16, tiled.Config(64, 4, 1, 3, 64)),
     "uint4_half_high_zero": (torch.float16, tiled.Config(128, 1, 2, 1, 64)),
     "fp8_blocks": (torch.bfloat16, tiled.Config(256, 2, 1, 1, 64)),
-    "nf4": (torch.float16, tiled.Config(64, 2, 1, 1, 64)),
+    "nf4": (torch.float16, tiled.Config(64, 2, 1, 1, 64, early=True)),
 }
 
 
@@ -92,6 +92,7 @@ def test_the_weight_is_multiplied_from_registers(name: str) -> None:
     assert shared <= tiled.SHARED // chosen.programs
     steps = [step.split("wgmma.wait_group.sync.aligned 0")[0] for step in ptx.split("mbarrier.try_wait")[1:]]
     steps = [step for step in steps if "wgmma.mma_async" in step]
+    assert ("griddepcontrol.wait" in ptx) is chosen.early
     assert len(steps) == chosen.teams, "products are under way between two turns of the loop"
     for step in steps:
         assert "st.shared" not in step and "shfl" not in step, "a layout is converted in the loop"
@@ -147,7 +148,8 @@ def test_rows_decide_which_kernel_runs(rows: int, ways: str, monkeypatch: pytest
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype, rows, k, chosen", [
     (torch.float16, 17, 256, None), (torch.bfloat16, 64, 384, None), (torch.float16, 100, 1664, None),
-    (torch.float16, 300, 384, None), (torch.bfloat16, 64, 1664, tiled.Config(64, 4, 1, 3, 64)),
+    (torch.float16, 300, 384, None), (torch.float16, 64, 1664, tiled.Config(early=True)),
+    (torch.bfloat16, 64, 1664, tiled.Config(64, 4, 1, 3, 64)),
     (torch.float16, 130, 1664, tiled.Config(128, 1, 2, 2, 64)),
 ])  # fmt: skip
 def test_some_rows_times_codes(name: str, dtype: torch.dtype, rows: int, k: int, chosen: tiled.Config | None) -> None:
