@@ -31,6 +31,7 @@ except ImportError:  # MISSING says so
 MAX_ROWS = 1024
 SHARED = 227 << 10  # bytes of shared memory of a multiprocessor for programs
 REGISTERS = 65536
+PROGRAMS = 132  # multiprocessors of an H100 or H200
 _DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -58,8 +59,12 @@ class Config(NamedTuple):
 
 def config(m: int, n: int, k: int, form: Format) -> Config:
     """benchmarks/bench_dequant_linear.py --sweep --rows 64,128,256 tries others."""
-    wide = form.bits == 8 and m <= 64
-    return Config(max(32, min(1 << (m - 1).bit_length(), 256)), 2, 1, 1, 128 if wide else 64)
+    block_m, teams = max(32, min(1 << (m - 1).bit_length(), 256)), 2
+    tile = 128 if form.bits == 8 and m <= 64 else 64
+    tiles = -(-m // block_m) * -(-n // (64 * teams))
+    steps = k * form.bits // 8 // tile
+    parts = max(1, min(PROGRAMS // tiles, steps // 4, 8))  # a part has to be worth its sums
+    return Config(block_m, teams, 1, parts, tile)
 
 
 def stages_that_fit(chosen: Config, tile: int, bits: int) -> int:

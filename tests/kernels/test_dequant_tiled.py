@@ -105,9 +105,11 @@ def test_configurations_fit() -> None:
         for form in (Format(8, "int", 1, 2560), Format(4, "uint", 1, 128)):
             chosen = tiled.config(rows, 10240, 2560, form)
             assert tiled.stages_that_fit(chosen, chosen.tile, form.bits) >= 3
+            assert chosen.parts == 1
             launched, each = tiled.registers(chosen)
             assert launched * 128 * (chosen.teams + 1) * chosen.programs <= 65536
             assert each >= chosen.block_m // 2 + 64, "sums and operands need registers"
+    assert tiled.config(64, 4096, 4096, Format(8, "int", 1, 4096)).parts == 4
 
 
 def test_what_cannot_be_read_is_named() -> None:
@@ -145,12 +147,14 @@ def test_rows_decide_which_kernel_runs(rows: int, ways: str, monkeypatch: pytest
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("dtype, rows, k, chosen", [
-    (torch.float16, 17, 256, None), (torch.bfloat16, 64, 384, None), (torch.float16, 100, 1664, None),
-    (torch.float16, 300, 384, None), (torch.float16, 64, 1664, tiled.Config(early=True)),
-    (torch.bfloat16, 64, 1664, tiled.Config(64, 4, 1, 3, 64)),
-    (torch.float16, 130, 1664, tiled.Config(128, 1, 2, 2, 64)),
+@pytest.mark.parametrize("name, dtype, rows, k, chosen", [
+    *((name, torch.float16, 17, 256, None) for name in FORMATS),
+    *((name, torch.bfloat16, 100, 1664, None) for name in FORMATS),
+    *((name, *rest) for name in ("int8_per_row", "uint4_high_zero") for rest in (
+        (torch.float16, 64, 384, tiled.Config()), (torch.float16, 300, 1664, tiled.Config(256, 2, 1, 1, 64)),
+        (torch.bfloat16, 64, 1664, tiled.Config(64, 4, 1, 3, 64)),
+        (torch.float16, 130, 1664, tiled.Config(128, 1, 2, 2, 64)), (torch.float16, 64, 1664, tiled.Config(early=True)),
+    )),
 ])  # fmt: skip
 def test_some_rows_times_codes(name: str, dtype: torch.dtype, rows: int, k: int, chosen: tiled.Config | None) -> None:
     """More steps than stages, rows of neither that fill no tile, uneven parts."""
