@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from test_dequant_kernels import DEVICE, FORMATS, RUNS, Parts, parts
@@ -97,6 +99,28 @@ def test_the_weight_is_multiplied_from_registers(name: str) -> None:
     for step in steps:
         assert "st.shared" not in step and "shfl" not in step, "a layout is converted in the loop"
         assert "wgmma.mma_async.sync.aligned.m64n" in step
+
+
+@pytest.mark.skipif(_ops.INTERPRETED or bool(MISSING), reason="needs Gluon's layouts")
+@pytest.mark.parametrize("name", ["fp8_blocks", "uint4_high_zero"])
+@pytest.mark.parametrize("chosen", [tiled.Config(64, 2, 1, 1, 64, early=True), tiled.Config(32, 4, 1, 3, 64)])
+def test_launches_have_what_the_kernels_ask_for(
+    name: str, chosen: tiled.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = []
+    monkeypatch.setattr(tiled, "launch", lambda *given: launches.append(given))
+    monkeypatch.setattr(tiled, "on_device_of", lambda x: contextlib.nullcontext())
+    form, zero, _ = FORMATS[name]
+    found = parts(form, 300, 1024, zero)
+    x = torch.empty(2, 40, 1024, dtype=torch.float16, device=DEVICE)
+    assert tiled.tiled_linear(x, *found, None, form, chosen).shape == (2, 40, 300)
+    for kernel, _, arguments, constants in launches:
+        options = {"num_warps", "maxnreg", "launch_pdl"} & set(constants)
+        assert list(kernel.arg_names[len(arguments) :]) == [name for name in constants if name not in options]
+        hash((*map(_ops._kind, arguments), *constants.values()))
+    grids = [grid for _, grid, *_ in launches]
+    tiles = 2 * 3 if chosen.parts == 1 else 3 * 2 * 3
+    assert grids == [80 * 2, tiles] if chosen.parts == 1 else [80 * 2, tiles, 24]
 
 
 @pytest.mark.skipif(_ops.INTERPRETED or bool(MISSING), reason="needs Gluon's layouts")
