@@ -40,7 +40,7 @@ class Config(NamedTuple):
 
     Attributes:
         block_m: rows of x in a tile: 32, 64, 128 or 256.
-        teams: groups of four warps, each with 64 rows of the weight: 1, 2 or 4.
+        teams: groups of four warps, each with 64 rows of the weight: 1 to 4.
         programs: on a multiprocessor at a time.
         parts: programs that share a tile's sums.
         tile: bytes of a row of the weight in a step, at most: 32, 64 or 128.
@@ -59,11 +59,16 @@ class Config(NamedTuple):
 
 def config(m: int, n: int, k: int, form: Format) -> Config:
     """benchmarks/bench_dequant_linear.py --sweep --rows 64,128,256 tries others."""
-    block_m, teams = max(32, min(1 << (m - 1).bit_length(), 256)), 2
+    least = max(32, min(1 << (m - 1).bit_length(), 256))
+    shapes = [(least, 2)] if m <= 128 else [(256, 2), (128, 3), (128, 2)]
+
+    def tiles_of(block_m: int, teams: int) -> int:
+        return -(-m // block_m) * -(-n // (64 * teams))
+
+    block_m, teams = min(shapes, key=lambda shape: -(-tiles_of(*shape) // PROGRAMS) * shape[0] * shape[1])
     tile = 128 if form.bits == 8 and m <= 64 else 64
-    tiles = -(-m // block_m) * -(-n // (64 * teams))
     steps = k * form.bits // 8 // tile
-    parts = max(1, min(PROGRAMS // tiles, steps // 4, 8))  # a part has to be worth its sums
+    parts = max(1, min(PROGRAMS // tiles_of(block_m, teams), steps // 4, 8))  # a part has to be worth its sums
     return Config(block_m, teams, 1, parts, tile)
 
 

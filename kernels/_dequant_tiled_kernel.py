@@ -213,6 +213,20 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
             (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES,
                         EARLY)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    elif TEAMS == 3:
+        gl.warp_specialize([
+            (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
+                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
+                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_consume, (1, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
+                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
+                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_consume, (2, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
+                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
+                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
+            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES,
+                        EARLY)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.static_assert(TEAMS == 4)
         gl.warp_specialize([

@@ -77,6 +77,7 @@ COMPILED = {
     "uint4_high_zero": (torch.float16, tiled.Config(64, 4, 1, 3, 64)),
     "uint4_half_high_zero": (torch.float16, tiled.Config(128, 1, 2, 1, 64)),
     "fp8_blocks": (torch.bfloat16, tiled.Config(256, 2, 1, 1, 64)),
+    "int4_low": (torch.float16, tiled.Config(128, 3, 1, 1, 64)),
     "nf4": (torch.float16, tiled.Config(64, 2, 1, 1, 64, early=True)),
 }
 
@@ -133,6 +134,7 @@ def test_configurations_fit() -> None:
             launched, each = tiled.registers(chosen)
             assert launched * 128 * (chosen.teams + 1) * chosen.programs <= 65536
             assert each >= chosen.block_m // 2 + 64, "sums and operands need registers"
+    assert tiled.config(512, 10240, 2560, form)[:2] == (128, 3) and tiled.config(512, 14336, 4096, form)[:2] == (256, 2)
     assert tiled.config(64, 4096, 4096, Format(8, "int", 1, 4096)).parts == 4
 
 
@@ -177,7 +179,9 @@ def test_rows_decide_which_kernel_runs(rows: int, ways: str, monkeypatch: pytest
     *((name, *rest) for name in ("int8_per_row", "uint4_high_zero") for rest in (
         (torch.float16, 64, 384, tiled.Config()), (torch.float16, 300, 1664, tiled.Config(256, 2, 1, 1, 64)),
         (torch.bfloat16, 64, 1664, tiled.Config(64, 4, 1, 3, 64)),
-        (torch.float16, 130, 1664, tiled.Config(128, 1, 2, 2, 64)), (torch.float16, 64, 1664, tiled.Config(early=True)),
+        (torch.float16, 130, 1664, tiled.Config(128, 1, 2, 2, 64)),
+        (torch.float16, 200, 1664, tiled.Config(128, 3, 1, 1, 64)),
+        (torch.float16, 64, 1664, tiled.Config(early=True)),
     )),
 ])  # fmt: skip
 def test_some_rows_times_codes(name: str, dtype: torch.dtype, rows: int, k: int, chosen: tiled.Config | None) -> None:
