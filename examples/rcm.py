@@ -2,7 +2,8 @@
 
 out = c_skip(t) * x + c_out(t) * Attn(x) as in rCM and EDM, c_skip = s^2 / (t^2 + s^2), c_out = s * t / sqrt(s^2 + t^2),
 t for each sample. The module is plain PyTorch, and torch_fuse is not imported before it is compiled. Forward, and a
-training step with gradients of x, t and all weights, each checked against float64.
+training step with gradients of x, t and all weights, each checked against float64; on a GPU both are timed as CUDA
+graphs.
 
     python examples/rcm.py
     python examples/rcm.py --device cuda --dtype bfloat16 --shapes 4x128x256x4 8x512x512x8 16x2048x768x12
@@ -13,11 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from _tables import captured, milliseconds, show
 from torch import Tensor, nn
 
 # batch x tokens x width x heads: small, medium and large, as the method was first measured
@@ -77,18 +78,6 @@ def worst(found: list[Tensor], exact: list[Tensor]) -> float:
     return max(((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(found, exact, strict=True))
 
 
-def timed(call: Callable[[], object], device: str) -> float:
-    def wait() -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def compared(args: argparse.Namespace, shape: str) -> bool:
     """Prints a table of one shape; whether fuse is as near to float64 as the others."""
     batch, length, width, heads = map(int, shape.split("x"))
@@ -105,26 +94,31 @@ def compared(args: argparse.Namespace, shape: str) -> bool:
         "fuse": torch.compile(model, backend="fuse", options=options, dynamic=False),
     }
     wide = copy.deepcopy(model).double()
-    right = True
+    right, rows = True, []
     for name, step in (("forward", forward), ("training step", train)):
         exact = step(wide, x.detach().double().requires_grad_(), t.detach().double().requires_grad_())
         errors = {way: worst(step(call, x, t), exact) for way, call in ways.items()}
+        calls = {way: captured(lambda call=call, step=step: step(call, x, t), args.device)
+                 for way, call in ways.items()}  # fmt: skip
         times: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(args.rounds):
-            for way, call in ways.items():
-                times[way].append(timed(lambda call=call, step=step: step(call, x, t), args.device))
+            for way, call in calls.items():
+                times[way].append(milliseconds(call, args.device))
+        medians = {way: statistics.median(found) for way, found in times.items()}
         allowed = 2 * max(errors["eager"], errors["inductor"]) + torch.finfo(dtype).eps / 8
         for way in ways:
             ok = errors[way] <= allowed
             right &= ok
-            median = statistics.median(times[way])
-            print(f"{shape:16} {name:14} {way:9} {median:9.3f} ms  {errors[way]:.1e}  {'ok' if ok else 'WRONG'}")
+            rows.append([name, way, f"{medians[way]:.3f}", f"{medians['inductor'] / medians[way]:.2f}",
+                         f"{errors[way]:.1e}", "ok" if ok else "WRONG"])  # fmt: skip
+    show(f"{shape}, {args.dtype} on {args.device}, median of {args.rounds}",
+         ["", "", "ms", "times Inductor", "error", ""], rows)  # fmt: skip
     return right
 
 
 def main() -> int:
     args = arguments()
-    print(f"{args.dtype} on {args.device}; median of {args.rounds}, largest relative error against float64", flush=True)
+    print("errors are the largest relative ones against float64, of the result or of any gradient", flush=True)
     right = [compared(args, shape) for shape in args.shapes]
 
     from torch_fuse import reports  # for the report alone

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._ops import no_triton, tl, triton
+from ._ops import HAS_TRITON, INTERPRETED, no_triton, tl, triton
 from ._qk_common import DTYPES
+
+if HAS_TRITON:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MAX_ROWS = 8
 
@@ -33,6 +36,11 @@ def rows_of(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
+def span(width: int, parts: int) -> int:
+    """The columns of each part of a row: a multiple of 16."""
+    return -(-width // (16 * parts)) * 16
+
+
 def activated(x: Tensor, activation: str) -> Tensor:
     """x through one of ACTIVATIONS, in plain torch."""
     if activation == "gelu":
@@ -57,3 +65,37 @@ def activate(x, ACTIVATION: tl.constexpr):
         return x / (1.0 + tl.exp(-x))
     else:
         return x
+
+
+def starts_early(x: Tensor, asked: bool) -> bool:
+    """Whether a launch may begin before the one before it has ended: where asked, from sm_90 on."""
+    return asked and not INTERPRETED and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+def launch_options(early: bool) -> dict[str, bool]:
+    """The compiler's option for such a launch: none otherwise, as not every backend knows it."""
+    return {"launch_pdl": True} if early else {}
+
+
+@triton.jit
+def wait_for_inputs(EARLY: tl.constexpr):
+    """What other launches wrote is there; the next launch may begin, and read what none of these writes.
+
+    Every program has to come here: the next launch takes the end of this one for the end of all before it.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def read_ahead(rows, end, BYTES: tl.constexpr, LINES: tl.constexpr):
+    """Asks for the first BYTES bytes at each of the pointers `rows` [R] to be brought to L2, up to `end`.
+
+    LINES is the power of two at or above BYTES / 128: the lines of a row.
+    """
+    line = tl.arange(0, LINES) * 128
+    address = rows.to(tl.int64)[:, None] + line[None, :]
+    address = tl.minimum(address, end.to(tl.int64) - 16)
+    address = tl.where(line[None, :] < BYTES, address, rows.to(tl.int64)[:, None])
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], tl.int32, False, 1)

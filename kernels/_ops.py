@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from torch_fuse._compat import any_tangent, below_autograd, is_plain
 
@@ -61,9 +63,9 @@ def define_op(name: str, fn: Callable[..., Any], mutates: tuple[str, ...] = ()) 
 
 def define_opaque_op(
     name: str, fn: Callable[..., Any], fake: Callable[..., Any], backward: Callable[..., Any] | None = None,
-    setup_context: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None, mutates: tuple[str, ...] = (),
 ) -> Any:  # fmt: skip
-    """Registers `fn` as the functional op `name` that Inductor only calls; it does not see through it.
+    """Registers `fn` as the op `name` that Inductor only calls; it does not see through it.
 
     Its launch keeps options that Inductor drops, such as `maxnreg`, and its kernel is not analysed at each launch while
     a model compiles. A call costs a third of one of `torch.library.custom_op`.
@@ -75,9 +77,10 @@ def define_opaque_op(
         backward: the gradient, as `torch.library.register_autograd` takes it; without one the op raises
             NotImplementedError where a gradient would be needed: torch would give zeros, or none.
         setup_context: likewise.
+        mutates: the arguments, tensors or None, that `fn` writes to. As with `define_op` they are not copied.
     """
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    torch.library.define(name, torch.library.infer_schema(fn, mutates_args=()), tags=tags)
+    torch.library.define(name, torch.library.infer_schema(fn, mutates_args=mutates), tags=tags)
     torch.library.impl(name, "CompositeExplicitAutograd")(fn)
     torch.library.register_fake(name)(fake)
     namespace, _, short = name.partition("::")
@@ -86,12 +89,18 @@ def define_opaque_op(
         torch.library.register_autograd(name, backward, setup_context=setup_context)
         return op
 
+    written = [list(inspect.signature(fn).parameters).index(argument) for argument in mutates]
+
     def without_gradients(*args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, Tensor)]
+        tensors += [x for many in args if isinstance(many, (list, tuple)) for x in many if isinstance(x, Tensor)]
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             raise NotImplementedError(f"{short} has no gradient")
         if any_tangent(tensors):
             raise NotImplementedError(f"{short} has no forward-mode gradient")
+        for i in written:
+            if args[i] is not None and not args[i].is_inference():
+                increment_version(args[i])
         with below_autograd():  # nothing between here and `fn` for plain tensors: torch need not look for it again
             return fn(*args) if is_plain(tensors) else op(*args)
 

@@ -2,10 +2,13 @@
 
     out = residual + x1 @ W1^T + b1 [+ x2 @ W2^T + b2]
 
-Each program streams whole rows of both weights, so nothing is added up across programs.
+Each program streams whole rows of both weights, so nothing is added up across programs. One row (or fp32) is multiplied
+with fused multiply-adds, more rows of a half type on tensor cores.
 
 - residual [..., N]; x1 [..., K1], x2 [..., K2] or None: 1 to 8 rows; bf16, fp16, fp32.
 - w1 [N, K1], w2 [N, K2], contiguous, K a multiple of 16; b1, b2 [N] or None.
+- early: the launch may begin before the one before it has ended (programmatic dependent launch). The weights and biases
+  must then be written by nothing on the stream since two launches before.
 - Returns residual's shape and dtype: fp32 arithmetic, rounded once. No gradient.
 - Raises ValueError, naming the argument, its value and what is allowed.
 
@@ -14,28 +17,39 @@ Example:
     tensor([[17., 17., 17., 17.]])
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._gemv_common import no_kernel, rows_of
-from ._ops import define_op, on_device_of, tl, triton, wrap_triton
+from ._gemv_common import launch_options, no_kernel, read_ahead, rows_of, span, starts_early, wait_for_inputs
+from ._gemv_rows import add_product
+from ._ops import INTERPRETED, define_opaque_op, launch, on_device_of, tl, triton
 from ._qk_common import acc_dtype, require
 from ._qk_tile import pow2
 
 
 class Config(NamedTuple):
-    """Rows of a program, columns that it takes at once, its warps."""
+    """Rows of a program, columns that it takes at once, its warps, tiles on their way to it, and the bytes of each row
+    of a weight that it asks for before its turn.
+    """
 
     block_n: int
     block_k: int
     num_warps: int
+    stages: int = 3
+    ahead: int = 4096
 
 
 def config(rows: int, width: int) -> Config:
     """For a weight of `rows` rows of `width` elements; benchmarks/decode.py --sweep tries others."""
-    return Config(2, 1024, 4) if rows > 1024 else Config(1, 1024, 2)
+    return Config(2, 512, 4, 5) if rows > 1024 else Config(1, 1024, 2, 4)
+
+
+def rows_config(rows: int, width: int) -> Config:
+    """For several rows of x; the columns are those of one warp."""
+    return Config(16, 128 if rows > 1024 else 64, 4, 4)
 
 
 def supports(residual: Tensor, x1: Tensor, w1: Tensor, x2: Tensor | None, w2: Tensor | None) -> str | None:
@@ -63,7 +77,7 @@ def _check(residual: Tensor, x1: Tensor, w1: Tensor, b1: Tensor | None, x2: Tens
 
 
 def reference(residual: Tensor, x1: Tensor, w1: Tensor, b1: Tensor | None, x2: Tensor | None, w2: Tensor | None,
-              b2: Tensor | None) -> Tensor:  # fmt: skip
+              b2: Tensor | None, early: bool = False) -> Tensor:  # fmt: skip
     """The op in plain torch, with its arguments: fp32 until the sum is complete."""
     dtype = acc_dtype(residual)
     out = residual.to(dtype)
@@ -74,45 +88,34 @@ def reference(residual: Tensor, x1: Tensor, w1: Tensor, b1: Tensor | None, x2: T
 
 
 @triton.jit
-def _tile(weight, n, start, N, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    k = start + tl.arange(0, BLOCK_K)
-    return tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], (n < N)[:, None] & (k < K)[None, :], other=0.0,
-                   eviction_policy="evict_first")  # fmt: skip
+def _columns(weight, n, k, N, K: tl.constexpr, EVEN: tl.constexpr):
+    at = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    if EVEN:
+        tile = tl.load(at, eviction_policy="evict_first")
+    else:
+        tile = tl.load(at, (n < N)[:, None] & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
+    return tile.to(tl.float32)
 
 
 @triton.jit
-def _product(acc, tile, x, weight, n, N, row, K: tl.constexpr, M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Adds x times the rows n of a weight, whose first tile is given; the next one is read ahead."""
-    for start in range(0, K, BLOCK_K):
-        following = _tile(weight, n, start + BLOCK_K, N, K, BLOCK_K)
-        k, wide = start + tl.arange(0, BLOCK_K), tile.to(tl.float32)
+def _product(acc, x, weight, n, N, row, K: tl.constexpr, M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+             STAGES: tl.constexpr, ALL: tl.constexpr):  # fmt: skip
+    """Adds x times the rows n of a weight; STAGES tiles are on their way. acc: [BLOCK_N, BLOCK_K], several rows: MP."""
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        k = start + tl.arange(0, BLOCK_K)
+        wide = _columns(weight, n, k, N, K, ALL and K % BLOCK_K == 0)
         if M == 1:  # added up over the columns once, at the end
             acc += wide * tl.load(x + k, k < K, other=0.0).to(tl.float32)[None, :]
         else:
             for m in tl.static_range(M):
                 found = tl.sum(wide * tl.load(x + m * K + k, k < K, other=0.0).to(tl.float32)[None, :], 1)
                 acc += tl.where(row == m, found[:, None], 0.0)
-        tile = following
     return acc
 
 
 @triton.jit
-def _kernel(residual, x1, w1, b1, x2, w2, b2, out, N, M: tl.constexpr, MP: tl.constexpr, K1: tl.constexpr,
-            K2: tl.constexpr, BIASED1: tl.constexpr, BIASED2: tl.constexpr, BLOCK_N: tl.constexpr,
-            BLOCK_K: tl.constexpr):  # fmt: skip
-    """BLOCK_N columns of the result; acc is [BLOCK_N, BLOCK_K] for one row of x, [BLOCK_N, MP] for more."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.arange(0, MP)[None, :]
-    tile1 = _tile(w1, n, 0, N, K1, BLOCK_K)
-    if M == 1:  # noqa: SIM108
-        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_N, MP], tl.float32)
-    if K2 > 0:
-        acc = _product(acc, _tile(w2, n, 0, N, K2, BLOCK_K), x2, w2, n, N, row, K2, M, BLOCK_K)
-    acc = _product(acc, tile1, x1, w1, n, N, row, K1, M, BLOCK_K)
-    if M == 1:
-        acc = tl.sum(acc, 1)[:, None]
+def _finish(acc, residual, b1, b2, out, n, row, N, M: tl.constexpr, BIASED1: tl.constexpr,
+            BIASED2: tl.constexpr):  # fmt: skip
     there = (n < N)[:, None] & (row < M)
     at = row * N + n[:, None]
     acc += tl.load(residual + at, there, other=0.0).to(tl.float32)
@@ -123,38 +126,85 @@ def _kernel(residual, x1, w1, b1, x2, w2, b2, out, N, M: tl.constexpr, MP: tl.co
     tl.store(out + at, acc.to(out.dtype.element_ty), there)
 
 
+@triton.jit
+def _row_kernel(residual, x1, w1, b1, x2, w2, b2, out, N, M: tl.constexpr, MP: tl.constexpr, K1: tl.constexpr,
+                K2: tl.constexpr, BIASED1: tl.constexpr, BIASED2: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ALL: tl.constexpr, AHEAD1: tl.constexpr,
+                LINES1: tl.constexpr, AHEAD2: tl.constexpr, LINES2: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+    """BLOCK_N columns of the result; acc is [BLOCK_N, BLOCK_K] for one row of x, [BLOCK_N, MP] for more."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.arange(0, MP)[None, :]
+    if EARLY:
+        last = N.to(tl.int64)
+        if K2 > 0:
+            read_ahead(w2 + n.to(tl.int64) * K2, w2 + last * K2, AHEAD2, LINES2)
+        read_ahead(w1 + n.to(tl.int64) * K1, w1 + last * K1, AHEAD1, LINES1)
+    wait_for_inputs(EARLY)
+    if M == 1:  # noqa: SIM108
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_N, MP], tl.float32)
+    if K2 > 0:
+        acc = _product(acc, x2, w2, n, N, row, K2, M, BLOCK_N, BLOCK_K, STAGES, ALL)
+    acc = _product(acc, x1, w1, n, N, row, K1, M, BLOCK_N, BLOCK_K, STAGES, ALL)
+    if M == 1:
+        acc = tl.sum(acc, 1)[:, None]
+    _finish(acc, residual, b1, b2, out, n, row, N, M, BIASED1, BIASED2)
+
+
+@triton.jit
+def _rows_kernel(residual, x1, w1, b1, x2, w2, b2, out, N, M: tl.constexpr, MP: tl.constexpr, K1: tl.constexpr,
+                 K2: tl.constexpr, BIASED1: tl.constexpr, BIASED2: tl.constexpr, BLOCK_N: tl.constexpr,
+                 BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr, SPAN1: tl.constexpr,
+                 SPAN2: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    n, row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, MP)[None, :]
+    acc = tl.zeros([PARTS, BLOCK_N, MP], tl.float32)
+    if K2 > 0:
+        acc = add_product(acc, x2, w2, n, N, K2, M, MP, BLOCK_K, PARTS, SPAN2, STAGES, WIDE)
+    acc = add_product(acc, x1, w1, n, N, K1, M, MP, BLOCK_K, PARTS, SPAN1, STAGES, WIDE)
+    _finish(tl.sum(acc, 0), residual, b1, b2, out, n, row, N, M, BIASED1, BIASED2)
+
+
 def _forward(residual: Tensor, x1: Tensor, w1: Tensor, b1: Tensor | None, x2: Tensor | None, w2: Tensor | None,
-             b2: Tensor | None) -> Tensor:  # fmt: skip
+             b2: Tensor | None, early: bool = False) -> Tensor:  # fmt: skip
     _check(residual, x1, w1, b1, x2, w2, b2)
     if supports(residual, x1, w1, x2, w2) is not None:
         return reference(residual, x1, w1, b1, x2, w2, b2)
     base, first = rows_of(residual), rows_of(x1)
     second = first if x2 is None else rows_of(x2)
-    count, width = int(base.shape[0]), base.shape[1]
-    inner = 0 if w2 is None else int(w2.shape[1])
-    chosen = config(int(width), int(w1.shape[1]) + inner)
+    count, width = (int(n) for n in base.shape)
+    k1, k2 = int(w1.shape[1]), 0 if w2 is None else int(w2.shape[1])
     out = residual.new_empty(residual.shape)
+    arguments = [
+        base, first, w1, w1 if b1 is None else b1, second, w1 if w2 is None else w2, w1 if b2 is None else b2, out,
+        width,
+    ]  # fmt: skip
+    common = {"M": count, "K1": k1, "K2": k2, "BIASED1": b1 is not None, "BIASED2": b2 is not None}
     with on_device_of(residual):
-        wrap_triton(_kernel)[(triton.cdiv(width, chosen.block_n),)](
-            base, first, w1, w1 if b1 is None else b1, second, w1 if w2 is None else w2, w1 if b2 is None else b2, out,
-            width, M=count, MP=pow2(count), K1=int(w1.shape[1]), K2=inner, BIASED1=b1 is not None,
-            BIASED2=b2 is not None, BLOCK_N=chosen.block_n, BLOCK_K=chosen.block_k, num_warps=chosen.num_warps,
-        )  # fmt: skip
+        if count == 1 or residual.dtype == torch.float32:
+            chosen = config(width, k1 + k2)
+            ahead = {f"AHEAD{i}": min(chosen.ahead, max(k, 16) * w1.element_size()) for i, k in ((1, k1), (2, k2))}
+            early = starts_early(residual, early)
+            launch(_row_kernel, triton.cdiv(width, chosen.block_n), arguments, {
+                **common, "MP": pow2(count), "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
+                "STAGES": chosen.stages, "ALL": width % chosen.block_n == 0, **ahead,
+                **{f"LINES{i}": pow2(-(-ahead[f"AHEAD{i}"] // 128)) for i in (1, 2)}, "EARLY": early,
+                "num_warps": chosen.num_warps, **launch_options(early),
+            })  # fmt: skip
+        else:
+            chosen = rows_config(width, k1 + k2)
+            launch(_rows_kernel, triton.cdiv(width, chosen.block_n), arguments, {
+                **common, "MP": max(pow2(count), 8), "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
+                "STAGES": chosen.stages, "PARTS": chosen.num_warps, "SPAN1": span(k1, chosen.num_warps),
+                "SPAN2": span(k2, chosen.num_warps), "WIDE": INTERPRETED, "num_warps": chosen.num_warps,
+            })  # fmt: skip
     return out
 
 
-linear_residual_gemv = define_op("torch_fuse::linear_residual_gemv", _forward)
-
-
-@linear_residual_gemv.register_fake
 def _fake(residual: Tensor, x1: Tensor, w1: Tensor, b1: Tensor | None, x2: Tensor | None, w2: Tensor | None,
-          b2: Tensor | None) -> Tensor:  # fmt: skip
+          b2: Tensor | None, early: bool = False) -> Tensor:  # fmt: skip
     _check(residual, x1, w1, b1, x2, w2, b2)
     return residual.new_empty(residual.shape)
 
 
-def _no_gradient(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    raise NotImplementedError("linear_residual_gemv has no gradient; use torch.nn.functional.linear for training")
-
-
-linear_residual_gemv.register_autograd(_no_gradient)
+linear_residual_gemv = define_opaque_op("torch_fuse::linear_residual_gemv", _forward, _fake)

@@ -5,13 +5,17 @@
     norm_j(x) = (x - mean) / sqrt(var + eps) * (w_j + weight_offset) + c_j      # layer; rms: no mean; none: x
 
 The statistics are the same for all norms of one x, so norms that differ in their weights share a launch: GPT-NeoX's
-QKV and MLP-up projections. A program keeps the normalised row in registers and streams rows of the weights past it.
+QKV and MLP-up projections. For one row (or fp32) a program keeps the normalised row in registers and streams rows of
+the weights past it; for more rows of a half type one launch writes the normalised rows and another multiplies them on
+tensor cores.
 
 - x [..., K], 1 to 8 rows; bf16, fp16, fp32. Weights [N_j, K], contiguous, K a multiple of 16 and at most 8192.
 - biases [N_j] or None, norm_weights and norm_biases [K] or None: one for each weight.
 - norm: "layer", "rms", "none". activations: names joined by commas, of "none", "gelu", "gelu_tanh", "silu".
 - gated: two weights of one shape give one result; the norm's weight and bias and the activation are the first's.
-- Returns a list of [..., N_j]: fp32 arithmetic, rounded once. No gradient.
+- early: the launch may begin before the one before it has ended (programmatic dependent launch). The weights, biases,
+  norm_weights and norm_biases must then be written by nothing on the stream since two launches before.
+- Returns a list of [..., N_j]: fp32 arithmetic, rounded once (several rows: after the norm too). No gradient.
 - Raises ValueError, naming the argument, its value and what is allowed.
 
 Example:
@@ -27,8 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._gemv_common import ACTIVATIONS, activate, activated, no_kernel, rows_of
-from ._ops import define_op, on_device_of, tl, triton, wrap_triton
+from ._gemv_common import ACTIVATIONS, activated, launch_options, no_kernel, rows_of, span, starts_early
+from ._gemv_rows import normalise
+from ._norm_linear_kernels import row_kernel, rows_kernel
+from ._ops import INTERPRETED, define_opaque_op, launch, on_device_of, triton
 from ._qk_common import acc_dtype, require
 from ._qk_tile import pow2
 
@@ -37,18 +43,36 @@ NORMS = ("none", "layer", "rms")
 
 
 class Config(NamedTuple):
-    """Rows of a weight that a program takes at once, its warps, how many programs there are (0: one for each block)."""
+    """For one row: rows of a weight that a program takes at once, its warps, how many programs there are (0: one for
+    each block), tiles on their way to a program that has several, bytes of each row that it asks for before its turn.
+    """
 
     block_n: int
     num_warps: int
-    programs: int
+    programs: int = 0
+    stages: int = 3
+    ahead: int = 2048
+
+
+class RowsConfig(NamedTuple):
+    """For several rows: a tile of a weight, its columns being those of one warp, warps, tiles on their way."""
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    stages: int
 
 
 def config(width: int, gated: bool) -> Config:
     """For rows of `width` elements; benchmarks/decode.py --sweep tries others."""
     if width <= 1024:
-        return Config(8, 4, 0)
-    return Config(2 if gated or width > 4096 else 4, 4, 0)
+        return Config(8, 4)
+    return Config(2 if gated or width > 4096 else 4, 4)
+
+
+def rows_config(width: int) -> RowsConfig:
+    """For several rows of `width` elements."""
+    return RowsConfig(16, 64, 4, 4)
 
 
 def supports(x: Tensor, weights: Sequence[Tensor]) -> str | None:
@@ -86,8 +110,8 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 
 def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
               norm_weights: Sequence[Tensor | None], norm_biases: Sequence[Tensor | None], norm: str, eps: float,
-              weight_offset: float, activations: str, gated: bool) -> list[Tensor]:  # fmt: skip
-    """The op in plain torch, with its arguments: fp32 inside the norm and between the norm and the activation."""
+              weight_offset: float, activations: str, gated: bool, early: bool = False) -> list[Tensor]:  # fmt: skip
+    """The op in plain torch, with its arguments: fp32, but where the op rounds several normalised rows."""
     dtype = acc_dtype(x)
     wide = x.to(dtype)
     if norm == "layer":
@@ -101,109 +125,13 @@ def reference(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | No
     for weight, bias, scale, shift, name in zip(weights, biases, norm_weights, norm_biases, names, strict=True):
         h = wide if scale is None else wide * (scale.to(dtype) + weight_offset)
         h = h if shift is None else h + shift.to(dtype)
+        if norm != "none" and x.numel() > x.shape[-1]:
+            h = h.to(x.dtype).to(dtype)
         y = F.linear(h, weight.to(dtype), None if bias is None else bias.to(dtype))
         outputs.append(activated(y, name))
     if gated:
         outputs = [outputs[0] * outputs[1]]
     return [y.to(x.dtype) for y in outputs]
-
-
-@triton.jit
-def _normalised(x, k, scale, shift, eps, offset, K: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
-                SHIFTED: tl.constexpr):  # fmt: skip
-    """One row in fp32, normalised; zeros past its end."""
-    y = tl.load(x + k, k < K, other=0.0).to(tl.float32)
-    if NORM == "layer":
-        y = tl.where(k < K, y - tl.sum(y, 0) / K, 0.0)
-    if NORM != "none":
-        y = y * tl.rsqrt(tl.sum(y * y, 0) / K + eps)
-    if SCALED:
-        y = y * (tl.load(scale + k, k < K, other=0.0).to(tl.float32) + offset)
-    if SHIFTED:
-        y = y + tl.load(shift + k, k < K, other=0.0).to(tl.float32)
-    return y
-
-
-@triton.jit
-def _tile(weight, n, k, N, K: tl.constexpr):
-    return tl.load(weight + n.to(tl.int64)[:, None] * K + k[None, :], (n < N)[:, None] & (k < K)[None, :], other=0.0,
-                   eviction_policy="evict_first")  # fmt: skip
-
-
-@triton.jit
-def _dot(tile, y, bias, n, N, BIASED: tl.constexpr):
-    found = tl.sum(tile.to(tl.float32) * y[None, :], 1)
-    if BIASED:
-        found += tl.load(bias + n, n < N, other=0.0).to(tl.float32)
-    return found
-
-
-@triton.jit
-def _block(block, tile, gate_tile, y0, x, bias, other_bias, scale, shift, out, N, k, eps, offset, M: tl.constexpr,
-           K: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, BIASED: tl.constexpr,
-           OTHER_BIASED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-           BLOCK_N: tl.constexpr):  # fmt: skip
-    """BLOCK_N rows of a weight times all rows of x; y0 is the first row of x, normalised."""
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    for m in tl.static_range(M):
-        y = y0
-        if m > 0:
-            y = _normalised(x + m * K, k, scale, shift, eps, offset, K, NORM, SCALED, SHIFTED)
-        found = activate(_dot(tile, y, bias, n, N, BIASED), ACTIVATION)
-        if GATED:
-            found = found * _dot(gate_tile, y, other_bias, n, N, OTHER_BIASED)
-        tl.store(out + m * N + n, found.to(out.dtype.element_ty), n < N)
-
-
-@triton.jit
-def _share(first, programs, x, weight, bias, other, other_bias, scale, shift, out, N, eps, offset, M: tl.constexpr,
-           K: tl.constexpr, KP: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
-           BIASED: tl.constexpr, OTHER_BIASED: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-           BLOCK_N: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
-    """A program's share of one weight: the blocks first, first + programs, ...; the next is read ahead."""
-    k, col = tl.arange(0, KP), tl.arange(0, BLOCK_N)
-    tile = _tile(weight, first * BLOCK_N + col, k, N, K)  # on its way while the norm is computed
-    gate_tile = tile
-    if GATED:
-        gate_tile = _tile(other, first * BLOCK_N + col, k, N, K)
-    y0 = _normalised(x, k, scale, shift, eps, offset, K, NORM, SCALED, SHIFTED)
-    if ONCE:
-        _block(first, tile, gate_tile, y0, x, bias, other_bias, scale, shift, out, N, k, eps, offset, M, K, NORM,
-               SCALED, SHIFTED, BIASED, OTHER_BIASED, GATED, ACTIVATION, BLOCK_N)  # fmt: skip
-    else:
-        block = first
-        while block * BLOCK_N < N:
-            following = (block + programs) * BLOCK_N + col
-            next_tile = _tile(weight, following, k, N, K)
-            next_gate_tile = next_tile
-            if GATED:
-                next_gate_tile = _tile(other, following, k, N, K)
-            _block(block, tile, gate_tile, y0, x, bias, other_bias, scale, shift, out, N, k, eps, offset, M, K, NORM,
-                   SCALED, SHIFTED, BIASED, OTHER_BIASED, GATED, ACTIVATION, BLOCK_N)  # fmt: skip
-            tile, gate_tile = next_tile, next_gate_tile
-            block += programs
-
-
-@triton.jit
-def _kernel(x, eps, offset, w0, b0, s0, c0, out0, n0, p0, w1, b1, s1, c1, out1, n1, p1, w2, b2, s2, c2, out2, n2, p2,
-            WEIGHTS: tl.constexpr, BIASED0: tl.constexpr, BIASED1: tl.constexpr, BIASED2: tl.constexpr,
-            ACTIVATION0: tl.constexpr, ACTIVATION1: tl.constexpr, ACTIVATION2: tl.constexpr, M: tl.constexpr,
-            K: tl.constexpr, KP: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
-            GATED: tl.constexpr, BLOCK_N: tl.constexpr, ONCE: tl.constexpr):  # fmt: skip
-    """The first p0 programs stream w0, the next p1 w1, the last p2 w2."""
-    eps, offset = tl.cast(eps, tl.float32), tl.cast(offset, tl.float32)  # Inductor passes Python floats as float64
-    program = tl.program_id(0)
-    if program < p0:
-        _share(program, p0, x, w0, b0, w1, b1, s0, c0, out0, n0, eps, offset, M, K, KP, NORM, SCALED, SHIFTED, BIASED0,
-               BIASED1, GATED, ACTIVATION0, BLOCK_N, ONCE)  # fmt: skip
-    if WEIGHTS > 1:  # noqa: SIM102  # one decided when compiling, one when running
-        if (program >= p0) & (program < p0 + p1):
-            _share(program - p0, p1, x, w1, b1, w1, b1, s1, c1, out1, n1, eps, offset, M, K, KP, NORM, SCALED, SHIFTED,
-                   BIASED1, False, False, ACTIVATION1, BLOCK_N, ONCE)  # fmt: skip
-    if WEIGHTS > 2:  # noqa: SIM102
-        if program >= p0 + p1:
-            _share(program - p0 - p1, p2, x, w2, b2, w2, b2, s2, c2, out2, n2, eps, offset, M, K, KP, NORM, SCALED,
-                   SHIFTED, BIASED2, False, False, ACTIVATION2, BLOCK_N, ONCE)  # fmt: skip
 
 
 def _shares(sizes: list[int], chosen: Config) -> list[int]:
@@ -216,33 +144,81 @@ def _shares(sizes: list[int], chosen: Config) -> list[int]:
 
 def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
              norm_weights: Sequence[Tensor | None], norm_biases: Sequence[Tensor | None], norm: str, eps: float,
-             weight_offset: float, activations: str, gated: bool) -> list[Tensor]:  # fmt: skip
+             weight_offset: float, activations: str, gated: bool, early: bool = False) -> list[Tensor]:  # fmt: skip
     _check(x, weights, biases, norm_weights, norm_biases, norm, activations, gated)
     uneven = any((v is None) != (w[0] is None) for w in (norm_weights, norm_biases) for v in w)
     if uneven or supports(x, weights) is not None:
         return reference(x, weights, biases, norm_weights, norm_biases, norm, eps, weight_offset, activations, gated)
-    rows, width = rows_of(x), int(x.shape[-1])
-    chosen, names = config(width, gated), activations.split(",")
     outputs = [x.new_empty(*x.shape[:-1], w.shape[0]) for w in (weights[:1] if gated else weights)]
+    given = (rows_of(x), weights, biases, norm_weights, norm_biases, norm, eps, weight_offset, activations.split(","))
+    with on_device_of(x):
+        if given[0].shape[0] == 1 or x.dtype == torch.float32:
+            _row(*given, gated, outputs, starts_early(x, early))
+        else:
+            _rows(*given, gated, outputs)
+    return outputs
+
+
+def _row(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+         norm_weights: Sequence[Tensor | None], norm_biases: Sequence[Tensor | None], norm: str, eps: float,
+         weight_offset: float, names: list[str], gated: bool, outputs: list[Tensor], early: bool) -> None:  # fmt: skip
+    width, chosen = int(rows.shape[1]), config(int(rows.shape[1]), gated)
     shares = _shares([int(y.shape[-1]) for y in outputs], chosen)
-    arguments: dict[str, Any] = {}
+    once = sum(shares) == sum(_shares([int(y.shape[-1]) for y in outputs], chosen._replace(programs=0)))
+    arguments: list[Any] = [rows, eps, weight_offset]
     for j in range(MAX_WEIGHTS):
         i = j if j < len(weights) else 0
-        arguments |= {
-            f"w{j}": weights[i], f"b{j}": _or(biases[i], x), f"s{j}": _or(norm_weights[i], x),
-            f"c{j}": _or(norm_biases[i], x), f"out{j}": outputs[j] if j < len(outputs) else rows,
-            f"n{j}": outputs[j].shape[-1] if j < len(outputs) else 0,
-            f"p{j}": shares[j] if j < len(shares) else 0, f"BIASED{j}": biases[i] is not None,
-            f"ACTIVATION{j}": names[i],
-        }  # fmt: skip
-    with on_device_of(x):
-        wrap_triton(_kernel)[(sum(shares),)](
-            x=rows, eps=eps, offset=weight_offset, **arguments, WEIGHTS=len(outputs), M=rows.shape[0], K=width,
-            KP=pow2(width), NORM=norm, SCALED=norm_weights[0] is not None, SHIFTED=norm_biases[0] is not None,
-            GATED=gated, BLOCK_N=chosen.block_n, ONCE=chosen.programs == 0,
-            num_warps=chosen.num_warps,
-        )  # fmt: skip
-    return outputs
+        arguments += [weights[i], _or(biases[i], rows), _or(norm_weights[i], rows), _or(norm_biases[i], rows)]
+        used = j < len(outputs)
+        arguments += [outputs[j], outputs[j].shape[-1], shares[j]] if used else [rows, 0, 0]
+    ahead = min(chosen.ahead, width * rows.element_size())
+    launch(row_kernel, sum(shares), arguments, {
+        "WEIGHTS": len(outputs), **_kinds(biases, names), "M": int(rows.shape[0]), "K": width, "KP": pow2(width),
+        "NORM": norm, "SCALED": norm_weights[0] is not None, "SHIFTED": norm_biases[0] is not None, "GATED": gated,
+        "BLOCK_N": chosen.block_n, "STAGES": 1 if once else 0 if INTERPRETED else max(chosen.stages, 2),
+        "AHEAD": ahead, "LINES": pow2(-(-ahead // 128)), "EARLY": early, "num_warps": chosen.num_warps,
+        **launch_options(early),
+    })  # fmt: skip
+
+
+def _rows(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+          norm_weights: Sequence[Tensor | None], norm_biases: Sequence[Tensor | None], norm: str, eps: float,
+          weight_offset: float, names: list[str], gated: bool, outputs: list[Tensor]) -> None:  # fmt: skip
+    count, width = (int(n) for n in rows.shape)
+    norms = list(zip(norm_weights, norm_biases, strict=True))[: len(outputs)]
+    same = all(w is norms[0][0] and b is norms[0][1] for w, b in norms)
+    different = norms[:1] if same else norms
+    inputs = [rows]
+    if norm != "none" or norms[0] != (None, None):
+        inputs = list(rows.new_empty(len(different), count, width))
+        vectors = [
+            _or(v, rows) for pair in (*different, *[different[0]] * (MAX_WEIGHTS - len(different))) for v in pair
+        ]
+        launch(normalise, len(different) * count, [rows, eps, weight_offset, *vectors, inputs[0], count], {
+            "K": width, "KP": pow2(width), "NORM": norm, "SCALED": norms[0][0] is not None,
+            "SHIFTED": norms[0][1] is not None, "num_warps": 4 if width <= 2048 else 8,
+        })  # fmt: skip
+    chosen = rows_config(width)
+    tiles = [triton.cdiv(int(y.shape[-1]), chosen.block_n) for y in outputs]
+    arguments: list[Any] = []
+    for j in range(MAX_WEIGHTS):
+        i = j if j < len(weights) else 0
+        arguments += [inputs[j] if j < len(inputs) else inputs[0], weights[i], _or(biases[i], rows)]
+        arguments += [outputs[j], outputs[j].shape[-1]] if j < len(outputs) else [rows, 0]
+        arguments += [tiles[j] if j < len(tiles) else 0] if j < MAX_WEIGHTS - 1 else []
+    launch(rows_kernel, sum(tiles), arguments, {
+        "WEIGHTS": len(outputs), **_kinds(biases, names), "M": count, "MP": max(pow2(count), 8), "K": width,
+        "GATED": gated, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k, "PARTS": chosen.num_warps,
+        "SPAN": span(width, chosen.num_warps), "STAGES": chosen.stages, "WIDE": INTERPRETED,
+        "num_warps": chosen.num_warps,
+    })  # fmt: skip
+
+
+def _kinds(biases: Sequence[Tensor | None], names: list[str]) -> dict[str, Any]:
+    at = [j if j < len(names) else 0 for j in range(MAX_WEIGHTS)]
+    return {f"BIASED{j}": biases[i] is not None for j, i in enumerate(at)} | {
+        f"ACTIVATION{j}": names[i] for j, i in enumerate(at)
+    }
 
 
 def _or(given: Tensor | None, other: Tensor) -> Tensor:
@@ -250,19 +226,11 @@ def _or(given: Tensor | None, other: Tensor) -> Tensor:
     return other if given is None else given
 
 
-norm_linear_gemv = define_op("torch_fuse::norm_linear_gemv", _forward)
-
-
-@norm_linear_gemv.register_fake
 def _fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
           norm_weights: Sequence[Tensor | None], norm_biases: Sequence[Tensor | None], norm: str, eps: float,
-          weight_offset: float, activations: str, gated: bool) -> list[Tensor]:  # fmt: skip
+          weight_offset: float, activations: str, gated: bool, early: bool = False) -> list[Tensor]:  # fmt: skip
     _check(x, weights, biases, norm_weights, norm_biases, norm, activations, gated)
     return [x.new_empty(*x.shape[:-1], w.shape[0]) for w in (weights[:1] if gated else weights)]
 
 
-def _no_gradient(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    raise NotImplementedError("norm_linear_gemv has no gradient; use torch.nn.functional.linear for training")
-
-
-norm_linear_gemv.register_autograd(_no_gradient)
+norm_linear_gemv = define_opaque_op("torch_fuse::norm_linear_gemv", _forward, _fake)

@@ -91,6 +91,8 @@ def _emit_table(table: Node, rank: int, heads: Heads, builder: Builder) -> Node:
     node = call["input"] if without_heads else table  # type: ignore[index]
     if found.is_complex():
         node = builder.shared("flatten", builder.shared(torch.view_as_real, node), -2)
+    if found.dtype.to_real() == torch.float64 and tensor(heads.source).dtype != torch.float64:  # type: ignore[union-attr]
+        node = builder.shared("float", node)  # as the kernels read it: half the bytes
     if rank > 1:
         node = builder.shared("flatten", node, -rank)
     if heads.as_one:

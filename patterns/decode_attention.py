@@ -119,6 +119,7 @@ class DecodeAttention(Pattern):
             [] if tables is None else tables.cos_lanes,
             [] if tables is None else tables.sin_lanes,
             dim**-0.5 if attention.scale is None else float(attention.scale),
+            options.early_launch,
         )
         return {match.anchor: builder.call("transpose", new, 1, 2)}
 

@@ -5,7 +5,7 @@ Before: x + linear(attention, Wo, bo) + linear(h, Wd, bd)      # GPT-NeoX, GPT-J
 After:  linear_residual_gemv(x, attention, Wo, bo, h, Wd, bd)
 
 For decoding with any of transformers' models: as `decode_norm_linear`, the time is that of reading the weights and of
-the launches that wait for each other. Wins on CUDA for one row.
+the launches that wait for each other. Wins on CUDA for few rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch_fuse.graph.residual import match_residual
 from torch_fuse.graph.values import tensor
 from torch_fuse.kernels import linear_residual_gemv
 from torch_fuse.options import Options
-from torch_fuse.patterns.decode_norm_linear import MAX_ROWS, _rows, few_rows
+from torch_fuse.patterns._early_launch import may_launch_early
+from torch_fuse.patterns.decode_norm_linear import _rows, few_rows, too_many_rows
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -65,7 +66,9 @@ class DecodeLinearResidual(Pattern):
         region |= {linear.node for linear in linears}
         _check(anchor, others[0], linears)
         inputs = (others[0], *(n for x in linears for n in (x.input, x.weight, x.bias) if n is not None))
-        bindings = {"residual": others[0], "linears": linears}
+        constants = [n for x in linears for n in (x.weight, x.bias) if n is not None]
+        early = all(may_launch_early(view.order, constants, x.input) for x in linears)
+        bindings = {"residual": others[0], "linears": linears, "early": early}
         note = f"{len(linears)} weight(s), {_rows(anchor)} row(s)"
         return Match(anchor, bindings, (anchor,), frozenset(region), inputs, note)
 
@@ -81,8 +84,7 @@ class DecodeLinearResidual(Pattern):
             reason = linear_residual_gemv.supports(r, x, w, None, None)
             if reason is not None:
                 return f"the kernel cannot run: {reason}"
-        rows = _rows(residual)
-        return None if rows is not None and rows <= MAX_ROWS else f"{rows} rows: it is known to pay up to {MAX_ROWS}"
+        return too_many_rows(residual)
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
         linears = match.bindings["linears"]
@@ -97,6 +99,7 @@ class DecodeLinearResidual(Pattern):
             None if second is None else second.input,
             None if second is None else second.weight,
             None if second is None else second.bias,
+            options.early_launch and match.bindings["early"],
         )
         return {match.anchor: new}
 

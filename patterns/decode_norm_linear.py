@@ -7,8 +7,8 @@ After:  qkv, h = norm_linear_gemv(x, [Wq, Wu], ...);  q, k, v = norm_linear_gemv
         h = norm_linear_gemv(x, [Wg, Wu], ..., gated=True)
 
 For decoding with any of transformers' models. The time is that of reading the weights, plus about 2 us for each launch
-that waits for the one before: a layer has fewer of them, and none for the norms.
-Wins on CUDA for one row: products with a bias go to the GEMM library otherwise, which reads at three quarters of the
+that waits for the one before: a layer has fewer of them, and none for the norms of one row.
+Wins on CUDA for few rows: products with a bias go to the GEMM library otherwise, which reads at three quarters of the
 speed.
 """
 
@@ -34,13 +34,12 @@ from torch_fuse.graph.norm import Norm, match_norm, norms_of, strip_casts
 from torch_fuse.graph.values import static_int, tensor
 from torch_fuse.kernels import norm_linear_gemv
 from torch_fuse.options import Options
+from torch_fuse.patterns._early_launch import may_launch_early
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
 from torch_fuse.rewrite.view import GraphView
 
-# More rows than this are not measured yet; the op takes eight.
-MAX_ROWS = 1
 FEW_ROWS = 8
 _MOST_STEPS = 24  # of a written-out GELU
 
@@ -81,7 +80,8 @@ class DecodeNormLinear(Pattern):
         replaced = tuple(sorted((output.node for output in outputs), key=view.order.index.__getitem__))
         region = frozenset().union(*(output.nodes for output in outputs), *(other.nodes for other in same))
         note = f"{len(weights)} weight(s) behind {len(same)} {norm.kind} norm(s), {_rows(norm.input)} row(s)"
-        return Match(anchor, {"norm": norm, "outputs": outputs}, replaced, region, inputs, note)
+        early = may_launch_early(view.order, inputs[1:], norm.input)
+        return Match(anchor, {"norm": norm, "outputs": outputs, "early": early}, replaced, region, inputs, note)
 
     def check(self, match: Match, options: Options) -> str | None:
         norm, outputs = match.bindings["norm"], match.bindings["outputs"]
@@ -100,8 +100,7 @@ class DecodeNormLinear(Pattern):
             reason = norm_linear_gemv.supports(x, [weight])  # type: ignore[list-item]
             if reason is not None:
                 return f"the kernel cannot run: {reason}"
-        rows = _rows(norm.input)
-        return None if rows is not None and rows <= MAX_ROWS else f"{rows} rows: it is known to pay up to {MAX_ROWS}"
+        return too_many_rows(norm.input)
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
         outputs: list[Output] = match.bindings["outputs"]
@@ -112,7 +111,8 @@ class DecodeNormLinear(Pattern):
         ]
         changed: dict[Node, Node] = {}
         for group in calls:
-            new = _emit(match.bindings["norm"], group, options, builder)
+            early = options.early_launch and match.bindings["early"]
+            new = _emit(match.bindings["norm"], group, early, options, builder)
             changed |= {output.node: builder.call(operator.getitem, new, i) for i, output in enumerate(group)}
         return changed
 
@@ -127,7 +127,7 @@ class DecodeNormLinear(Pattern):
             yield Example(name, _example(block), fuses=False)
 
 
-def _emit(norm: Norm, group: list[Output], options: Options, builder: Builder) -> Node:
+def _emit(norm: Norm, group: list[Output], early: bool, options: Options, builder: Builder) -> Node:
     linears = [(linear, output) for output in group for linear in output.linears]
     names = [output.activation if linear is output.linears[0] else "none" for linear, output in linears]
     return builder.call(
@@ -142,6 +142,7 @@ def _emit(norm: Norm, group: list[Output], options: Options, builder: Builder) -
         norm.weight_offset,
         ",".join(names),
         len(group[0].linears) == 2,
+        early,
     )
 
 
@@ -149,6 +150,13 @@ def few_rows(node: Node) -> bool:
     """Whether a value [..., K] is known to have one to eight rows."""
     rows = _rows(node)
     return rows is not None and 1 <= rows <= FEW_ROWS
+
+
+def too_many_rows(node: Node) -> str | None:
+    """Why the kernels do not pay for the rows of a value, or None: tensor cores have no exact fp32."""
+    rows, found = _rows(node), tensor(node)
+    most = 1 if found is None or found.dtype == torch.float32 else FEW_ROWS
+    return None if rows is not None and rows <= most else f"{rows} rows: it is known to pay up to {most}"
 
 
 def _rows(node: Node) -> int | None:

@@ -47,6 +47,7 @@ class GatedResidualNorm(Pattern):
     name = "gated_residual_norm"
     kind = "norm_linear"
     op = "torch_fuse::gated_residual_norm"
+    across_autocast = True  # the op's arithmetic is in the types that it is told
 
     def anchors(self, view: GraphView) -> Iterable[Node]:
         return [node for node in view.nodes if match_norm(node) is not None]

@@ -26,7 +26,7 @@ from torch_fuse.graph.cache import appended
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.heads import Axes, Heads, match_heads
 from torch_fuse.graph.miss import Kept, Miss
-from torch_fuse.graph.unrotated import not_understood
+from torch_fuse.graph.unrotated import joins_samples, not_understood
 from torch_fuse.graph.values import equal, size_hint, static_int, tensor
 from torch_fuse.kernels import qk_norm_rope
 from torch_fuse.options import Options
@@ -59,6 +59,8 @@ class NormQkvRopeAttention(Pattern):
         key = match_heads(appended(unrepeated, view.order, anchor), view.order, view.fake_mode, known)
         if query.rope is None and key.rope is None:
             _check_nothing_missed(attention.query, attention.key)
+            if query.norm is not None or key.norm is not None:
+                raise Kept("query or key is normalised and not rotated: Inductor does that in one kernel", anchor)
             return None
         check_same_rope(query, key, view)
         if not _same_norm(query, key):
@@ -150,6 +152,8 @@ def _check_nothing_missed(*values: Node) -> None:
     """Raises Miss when query or key, in which no rotation was found, may have one that is not understood."""
     for value in values:
         found = not_understood(value)
+        if found is not None and joins_samples(value):
+            raise Miss("the samples of query or key are computed one by one and joined: they may be rotated", found)
         if found is not None:
             name = getattr(found.target, "__name__", found.target)
             raise Miss(f"query or key is computed with {name}, which is not understood: it may be rotated", found)
@@ -175,10 +179,20 @@ def check_same_rope(query: Heads, key: Heads, view: GraphView) -> None:
         raise Miss("query and key have different dtypes", key.result)
     if tensor(query.source).dtype != tensor(key.source).dtype:  # type: ignore[union-attr]
         raise Miss("query and key are projected to different dtypes", key.result)
-    if tensor(query.source).dtype != torch.float64 and (_in_float64(query) or _in_float64(key)):  # type: ignore[union-attr]
+    if any(_needs_float64(heads) for heads in (query, key)):
         raise Kept("it is computed in float64 from lower precision, which no kernel does", query.result)
     for heads in (query, key):  # one table may be read along other axes: by position, and by head
         check_table_axes(heads)
+
+
+def _needs_float64(heads: Heads) -> bool:
+    """Whether float64 from lower precision shows in the result: not where the rotation alone is, rounded to 16 bits."""
+    source, result = tensor(heads.source), tensor(heads.result)
+    assert source is not None and result is not None
+    if source.dtype == torch.float64 or not _in_float64(heads):
+        return False
+    normed = () if heads.norm is None else map(tensor, heads.norm.nodes)
+    return result.dtype.itemsize > 2 or any(t is not None and t.dtype == torch.float64 for t in normed)
 
 
 def _in_float64(heads: Heads) -> bool:

@@ -39,7 +39,7 @@ NOTES = {
     "flat": ["(1 tensor) * x + (-1) * projection [16, 16]"],
 }
 MISSED = {
-    "plain_sum": "Inductor fuses the sum into one kernel",
+    "plain_sum": "Inductor fuses it into one kernel",
     "norm_follows": "layer_norm follows: the sum goes into one kernel with the norm",
     "no_projection": "is no result of a linear layer that nothing else reads",
     "projection_read_again": "mean reads h, a step of the combination",

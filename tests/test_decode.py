@@ -9,7 +9,11 @@ import pytest
 import torch
 from harness import Rewriter, rewritten
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from transformers import StaticCache
+
+from torch_fuse import Options
+from torch_fuse.kernels import linear_residual_gemv, norm_linear_gemv
 
 OPS = ("decode_attention", "decode_norm_linear", "decode_linear_residual")
 LAYERS = 2
@@ -72,11 +76,20 @@ def test_several_rows_and_two_caches_in_turn(name: str, batch: int, new: int) ->
 
 
 def test_inductor_takes_the_step_as_it_is() -> None:
-    """The first layer's count is read by the mask and the tables, which Inductor may compute after it has changed."""
+    """The first layer's count is read by the mask and the tables, which Inductor may compute after it has changed.
+
+    The op writes to the caches themselves, as CUDA graphs need: no result has the size of one.
+    """
     model = models.build("Llama", intermediate_size=32)
     torch._dynamo.reset()
     step = torch.compile(model, backend="fuse", fullgraph=True, options={"kernels": "reference", "on_error": "raise"})
-    same_steps(model, step, batch=1, new=1, prompts=(5,))
+    _, codes = run_and_get_code(lambda: same_steps(model, step, batch=1, new=1, prompts=(5,)))
+    code = "\n".join(codes)
+    assert code.count("torch.ops.torch_fuse.decode_attention.default(") == LAYERS
+    config = model.config
+    shape = (1, config.num_key_value_heads, 32, config.hidden_size // config.num_attention_heads)
+    assert f", {shape}, " in code
+    assert f"empty_strided_cpu({shape}" not in code
 
 
 def test_a_prefill_is_left_alone() -> None:
@@ -105,3 +118,50 @@ def test_caches_of_other_sizes_are_recognised_too() -> None:
         torch.testing.assert_close(contents(mine), contents(theirs), atol=2e-5, rtol=2e-5)
     assert len(rewriter.report.graphs) == 2
     assert rewriter.report.counts()["decode_attention"] == {"fused": 2 * LAYERS}, rewriter.report
+
+
+class Product(nn.Module):
+    """A linear layer behind a norm, whose input or weight is made in the one or other way."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.norm, self.linear = how, nn.LayerNorm(16), nn.Linear(16, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "weight_written_before":
+            self.linear.weight.mul_(1.0)
+        h = x if self.how == "input_of_the_graph" else x[:, :1] if self.how == "view_of_an_input" else x * 2
+        weight = self.linear.weight * 1 if self.how == "weight_computed" else self.linear.weight
+        y = nn.functional.linear(self.norm(h), weight, self.linear.bias)
+        if self.how == "weight_written_after":
+            self.linear.weight.mul_(1.0)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("how", "early"),
+    [
+        ("computed", True),
+        ("input_of_the_graph", False),
+        ("view_of_an_input", False),
+        ("weight_computed", False),
+        ("weight_written_before", False),
+        ("weight_written_after", False),
+    ],
+)
+@pytest.mark.parametrize("asked", [True, False])
+def test_weights_are_read_early_where_nothing_of_the_graph_writes_them(how: str, early: bool, asked: bool) -> None:
+    rewriter = Rewriter(Options(kernels="reference", early_launch=asked, on_error="raise"))
+    with torch.no_grad():
+        rewritten(Product(how), rewriter)(torch.randn(2, 1, 16))
+    calls = [node for node in rewriter.graphs[0].graph.nodes if node.target is norm_linear_gemv.reference]
+    assert [call.args[-1] for call in calls] == [early and asked], rewriter.report
+
+
+def test_every_layer_of_a_model_may_launch_early() -> None:
+    model = models.build("GPTNeoX")
+    rewriter = Rewriter(Options(kernels="reference", early_launch=True, on_error="raise"))
+    same_steps(model, rewritten(model, rewriter), batch=1, new=1, prompts=(5,), steps=1)
+    references = (norm_linear_gemv.reference, linear_residual_gemv.reference)
+    calls = [node for node in rewriter.graphs[0].graph.nodes if node.target in references]
+    assert [call.args[-1] for call in calls] == [True] * 2 * LAYERS

@@ -139,13 +139,6 @@ def trace_artifact(name: str, payload: Any) -> None:
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload)
 
 
-def trace_operators(fn: Any, inputs: Sequence[torch.Tensor]) -> GraphModule:
-    """The ATen operators that a function calls on fake tensors, which stand in their nodes' `meta["val"]`."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    return make_fx(fn)(*inputs)
-
-
 def cache_directory() -> Path:
     """Inductor's cache directory: `TORCHINDUCTOR_CACHE_DIR`, or the user's among the system's temporary files."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -191,3 +184,10 @@ def outside_tracing(gradients: bool) -> Iterator[None]:
         stack.enter_context(torch.autocast("cuda", enabled=False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         yield
+
+
+def trace_operators(fn: Any, inputs: Sequence[torch.Tensor]) -> GraphModule:
+    """The ATen operators that a function calls on fake tensors, which stand in their nodes' `meta["val"]`."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(fn)(*inputs)

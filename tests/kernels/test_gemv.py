@@ -47,6 +47,9 @@ NORM_LINEAR: dict[str, tuple[Any, ...]] = {
     "gated": (2, 1040, [12, 12], "rms", "silu,none", True),
     "no_norm": (1, 32, [5], "none", "gelu"),
     "eight_rows": (8, 80, [17], "layer", "none"),
+    "five_rows_of_two_norms": (5, 144, [40, 10], "layer", "gelu,none"),
+    "two_rows_gated": (2, 48, [20, 20], "layer", "gelu_tanh,none", True),
+    "four_rows_as_they_are": (4, 32, [5, 16, 17], "none", "none,none,silu"),
 }
 
 
@@ -72,6 +75,24 @@ def test_norm_linear(case: Any, programs: int, dtype: torch.dtype, monkeypatch: 
     check(norm_linear.norm_linear_gemv, norm_linear.reference, norm_linear_arguments(dtype, *case), dtype)
 
 
+def compiled(kernel: Any, arguments: list[Any], constants: dict[str, Any]) -> Any:
+    """A launch's kernel, compiled for sm_90."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kinds = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.bool: "*i1"}
+    names, signature, attributes, known = kernel.arg_names, {}, {}, {}
+    for i, (name, x) in enumerate(zip(names, arguments, strict=False)):
+        signature[name] = kinds[x.dtype] if isinstance(x, Tensor) else "fp32" if isinstance(x, float) else "i32"
+        if isinstance(x, Tensor) or (isinstance(x, int) and x % 16 == 0):
+            attributes[i,] = [["tt.divisibility", 16]]
+    for i, name in list(enumerate(names))[len(arguments) :]:
+        signature[name], known[i,] = "constexpr", constants[name]
+    options = {name: value for name, value in constants.items() if name not in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes)
+    return _ops.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
 def residual_arguments(dtype: torch.dtype, rows: int, n: int, k1: int, k2: int, biased: bool) -> tuple[Any, ...]:
     torch.manual_seed(0)
     base, first = random(1, rows, n, dtype=dtype), random(1, rows, k1, dtype=dtype)
@@ -84,9 +105,30 @@ def residual_arguments(dtype: torch.dtype, rows: int, n: int, k1: int, k2: int, 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [(1, 37, 48, 1040, True), (1, 6, 4112, 0, False), (3, 16, 64, 0, True),
-                                  (8, 5, 512, 80, True)], ids=str)  # fmt: skip
+                                  (8, 5, 512, 80, True), (2, 40, 16, 1040, False),
+                                  (5, 17, 208, 48, True)], ids=str)  # fmt: skip
 def test_linear_residual(case: Any, dtype: torch.dtype) -> None:
     check(residual.linear_residual_gemv, residual.reference, residual_arguments(dtype, *case), dtype)
+
+
+@pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="compiles for a GPU")
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_launches_compile_for_hopper(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: loads of 16 bytes, tensor cores for several rows, and every program waits for its inputs once."""
+    launches: list[Any] = []
+    for module in (norm_linear, residual):
+        monkeypatch.setattr(module, "supports", lambda *_: None)
+        monkeypatch.setattr(module, "starts_early", lambda _, asked: asked)
+        monkeypatch.setattr(module, "launch", lambda *given: launches.append(given))
+    norm_linear._forward(*norm_linear_arguments(torch.float16, rows, 1024, [64, 32], "layer", "none,gelu"), True)
+    residual._forward(*residual_arguments(torch.float16, rows, 64, 1024, 2048, True), True)
+    assert len(launches) == (2 if rows == 1 else 3)
+    for kernel, _, arguments, constants in launches:
+        ptx = compiled(kernel, arguments, constants).asm["ptx"]
+        assert ("griddepcontrol.wait" in ptx) == (rows == 1) == ("griddepcontrol.launch_dependents" in ptx)
+        if kernel is not norm_linear.normalise:
+            assert ("mma.sync" in ptx) == (rows > 1)
+            assert "ld.global.L1::evict_first.L2::cache_hint.v4" in ptx or "cp.async.cg.shared.global" in ptx
 
 
 def test_opcheck() -> None:
@@ -97,10 +139,10 @@ def test_opcheck() -> None:
 
 def test_a_gradient_is_refused_in_words() -> None:
     x, *rest = norm_linear_arguments(torch.float32, 1, 32, [8], "rms", "none")
-    with pytest.raises(NotImplementedError, match=r"has no gradient; use .*linear for training"):
+    with pytest.raises(NotImplementedError, match="gemv has no gradient"):
         norm_linear.norm_linear_gemv(x.requires_grad_(), *rest)[0].sum().backward()
     x, *rest = residual_arguments(torch.float32, 1, 8, 32, 0, True)
-    with pytest.raises(NotImplementedError, match=r"has no gradient; use .*linear for training"):
+    with pytest.raises(NotImplementedError, match="gemv has no gradient"):
         residual.linear_residual_gemv(x.requires_grad_(), *rest).sum().backward()
 
 
@@ -136,6 +178,7 @@ def test_supports_says_why_not() -> None:
 def test_kernels_in_the_interpreter() -> None:
     """The kernels' arithmetic on a machine without a GPU: this file again, in a process that interprets them."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "not opcheck"]
+    command += ["-W", "error:Conversion of an array:DeprecationWarning"]  # NumPy 2.5 refuses it
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -161,3 +161,19 @@ def test_a_length_that_is_not_known_yet_is_no_error(dim: int, unbacked: bool, mo
     with torch.no_grad():
         torch.compile(forward, backend=backend, dynamic=None if unbacked else True)(x)
     assert guards == [0] and not any(graph.error for graph in report.graphs), str(report)
+
+
+def test_what_an_op_writes_to_is_seen_to_have_changed() -> None:
+    decode = importlib.import_module("torch_fuse.kernels.decode_attention").decode_attention
+    q, cache = torch.randn(1, 1, 2, 16), [torch.zeros(1, 2, 8, 16) for _ in range(2)]
+    length, mask = torch.tensor(3), torch.ones(1, 1, 1, 8, dtype=torch.bool)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            written = [x.clone() for x in (*cache, length)]
+            before = None if written[0].is_inference() else [x._version for x in written]
+            decode(q, q, q, None, None, *written, None, mask, 0, False, [], [], 1.0)
+            assert torch.equal(written[0][:, :, 3], q[:, 0]) and written[2] == 4
+            assert before is None or all(x._version > old for x, old in zip(written, before, strict=True))
+    with pytest.raises(NotImplementedError, match="decode_attention has no gradient"):
+        decode(q.requires_grad_(), q, q, None, None, *cache, length, None, mask, 0, False, [], [], 1.0)
+    assert length == 3, "refused before anything is written"

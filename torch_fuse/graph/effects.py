@@ -204,8 +204,12 @@ class Order:
         """Those of `nodes` that stand strictly between two positions."""
         return [node for node in nodes if first < self.index[node] < last]
 
-    def check_movable(self, region: Collection[Node], inputs: Collection[Node], at: int) -> None:
+    def check_movable(
+        self, region: Collection[Node], inputs: Collection[Node], at: int, across_autocast: bool = False
+    ) -> None:
         """Raises Miss unless `region`, reading `inputs`, computes the same just before position `at` as where it is.
+
+        With `across_autocast`, autocast may change in between: what replaces the region computes in types of its own.
 
         Raises:
             Miss: for a mutation of an input or an intermediate in between, or a change of mode.
@@ -213,6 +217,8 @@ class Order:
         positions = [self.index[node] for node in region]
         first, last = min(positions), max(at, *positions)
         for node in self.between(self.switches, first, last):
+            if across_autocast and node.target.__name__.endswith("_autocast"):  # type: ignore[union-attr]
+                continue
             raise Miss(f"autocast or grad mode changes inside the region ({node.name})", node)
         read = self._aliases([*region, *inputs])
         for node in self.between(self.writers, first, last):

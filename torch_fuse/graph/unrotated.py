@@ -53,6 +53,13 @@ def not_understood(node: Node) -> Node | None:
     return None
 
 
+def joins_samples(node: Node) -> bool:
+    """Whether a query or key is stacked of samples that were selected one by one (Wan's first implementation)."""
+    while (call := call_of(node)) is not None and call.op in _NO_ROTATION and isinstance(call.args.get("input"), Node):
+        node = call["input"]
+    return call is not None and call.op == "stack" and call["dim"] == 0 and isinstance(call["tensors"], (list, tuple))
+
+
 def _is_ours(node: Node) -> bool:
     """Whether a node is an op that a rewrite has put there: another attention shares query or key."""
     module = getattr(node.target, "__module__", None) or ""

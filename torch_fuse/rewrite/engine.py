@@ -19,6 +19,7 @@ from torch_fuse.graph.values import describe_shape, location, tensor, value
 from torch_fuse.options import Options
 from torch_fuse.report import GraphReport, Site, Status
 from torch_fuse.rewrite.builder import Builder, check_same_meta, same_strides
+from torch_fuse.rewrite.casts import free_casts
 from torch_fuse.rewrite.guards import respell
 from torch_fuse.rewrite.pattern import Match, Pattern
 from torch_fuse.rewrite.restride import restride
@@ -36,7 +37,7 @@ _UNCLAIMED: dict[str, tuple[Status, str]] = {
         "kept",
         "Inductor fuses the norm into one kernel; the product stays with the GEMM library",
     ),
-    "combine": ("kept", "Inductor fuses the sum into one kernel; no registered fusion takes it further"),
+    "combine": ("kept", "Inductor fuses it into one kernel; no registered fusion takes it further"),
     "dequant": ("missed", "no registered fusion for a weight that is dequantised in the graph"),
 }
 # Child graphs whose bodies are differentiated and compiled like the outer graph.
@@ -85,6 +86,7 @@ def rewrite(gm: GraphModule, options: Options, patterns: dict[str, Pattern]) -> 
     run = _Run(options, patterns)
     for module, _ in list(_modules(gm)):
         respell(module)
+        free_casts(module)
     backups = [(module, _copy(module)) for module, _ in _modules(gm)]
     try:
         for module, refusal in list(_modules(gm)):
@@ -152,6 +154,8 @@ def _rewrite_module(module: GraphModule, inner: bool, refusal: str, run: _Run) -
     before = run.report.rewrites
     look = partial(GraphView, module, inner=inner, writes={}, options=run.options)
     for pattern in run.patterns.values():
+        if pattern.lossy and pattern.lossy not in run.options.lossy:
+            continue
         _apply(module, pattern, refusal, run, look)
     view = look()
     for kind in KINDS:
@@ -182,7 +186,7 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, look:
                 view, stale = look(), set()
                 match = pattern.match(view, anchor)
                 assert match is not None
-            at = _insertion_point(view, match)
+            at = _insertion_point(view, match, pattern.across_autocast)
             inside = transformed.get(anchor)
             kept = _kept(pattern, match, refusal or (_inside_transform(inside) if inside else ""), run)
             if kept is not None:
@@ -255,7 +259,7 @@ def _hoist_views(view: GraphView, match: Match) -> bool:
     return True
 
 
-def _insertion_point(view: GraphView, match: Match) -> int:
+def _insertion_point(view: GraphView, match: Match, across_autocast: bool) -> int:
     """The position before which the replacement is computed.
 
     Raises:
@@ -267,10 +271,11 @@ def _insertion_point(view: GraphView, match: Match) -> int:
     late = [node for node in match.inputs if index[node] >= at]
     if late:
         raise Miss(f"{view.order.nodes[at].name} reads a part of the match before {late[0].name} is computed", late[0])
-    view.order.check_movable(match.region, match.inputs, at)
+    view.order.check_movable(match.region, match.inputs, at, across_autocast)
     casts = _looked_through(match)
     if casts:
-        view.order.check_movable(casts, [source for node in casts for source in node.all_input_nodes], at)
+        sources = [source for node in casts for source in node.all_input_nodes]
+        view.order.check_movable(casts, sources, at, across_autocast)
     return at
 
 

@@ -8,8 +8,8 @@ from torch.fx import GraphModule, Node
 
 from torch_fuse._compat import FakeTensorMode, ShapeEnv, fake_mode_of
 from torch_fuse.graph.attention import Attention, attentions
-from torch_fuse.graph.calls import call_of
-from torch_fuse.graph.dequant import packed_products
+from torch_fuse.graph.calls import Call, call_of
+from torch_fuse.graph.closure import packed_products
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.linear import match_linear
 from torch_fuse.graph.mask import Mask, match_mask
@@ -18,6 +18,7 @@ from torch_fuse.graph.norm import match_norm, strip_casts
 from torch_fuse.graph.residual import match_residual
 from torch_fuse.graph.skip import reads_projected
 from torch_fuse.graph.subclass import is_packed
+from torch_fuse.graph.values import tensor
 from torch_fuse.options import Options
 
 KINDS = ("attention", "norm_linear", "combine", "dequant")
@@ -141,16 +142,35 @@ class GraphView:
 
     @cached_property
     def _combines(self) -> list[Node]:
-        """Sums of an attention's (projected) result and something else."""
+        """Sums of an attention's (projected) result and something else; products with one that go into a projection."""
         found = []
         for node in self.nodes:
             call = call_of(node)
-            if call is None or node in self.projected or call.op not in ("add", "sub", "rsub", "addcmul", "lerp"):
+            if call is None or node in self.projected:
+                continue
+            if call.op == "mul" and self._gates_attention(node, call):
+                found.append(node)
+            if call.op not in ("add", "sub", "rsub", "addcmul", "lerp"):
                 continue
             residual = match_residual(node)
             if residual is not None and any(reads_projected(term, self.projected) for term in residual.terms):
                 found.append(node)
         return found
+
+    def _gates_attention(self, node: Node, call: Call) -> bool:
+        """Whether a product is an attention's result times a tensor, on its way into a linear layer."""
+        sides = [call["input"], call["other"]]
+        if all(side not in self.projected for side in sides) or any(tensor(side) is None for side in sides):
+            return False
+        while len(node.users) == 1:
+            user = next(iter(node.users))
+            linear, behind = match_linear(user), call_of(user)
+            if linear is not None and linear.input is node:
+                return True
+            if behind is None or behind.op not in _VIEWS:
+                break
+            node = user
+        return False
 
     @cached_property
     def _dequants(self) -> list[Node]:
