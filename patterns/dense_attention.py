@@ -34,8 +34,8 @@ from ._attention_site import Layout, Site
 
 # From how many queries and keys on it wins over PyTorch's fastest backend, by head dim and whether it is causal: by
 # more than its launch costs (20 us more than SDPA's for Hopper's kernel), which models bound by launches would pay.
-# Of head_dim 64 that leaves the cases with many tiles: 466 against 476 us for 16 x 12 heads of 2,048 and 445 against 456
-# for 4 x 12 of 4,096, but 119 against 115 for 4 x 12 of 2,048 (causal 90.7 against 99.3 for 4 x 16 of 2,048 only).
+# Of head_dim 64 that leaves the cases with many tiles: 466 against 476 us for 16 x 12 heads of 2,048 and 445 against
+# 456 for 4 x 12 of 4,096, but 119 against 115 for 4 x 12 of 2,048 (causal: 90.7 against 99.3 for 4 x 16 of 2,048 only).
 MIN_LENGTH = {
     (48, True): 512, (64, False): 2048, (80, True): 512, (96, True): 512, (128, True): 2048, (128, False): 4096,
     (160, True): 512,
