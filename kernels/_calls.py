@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_fuse._compat import allocator, same_metadata
 
-from ._ops import INTERPRETED, Launch, launch
+from ._ops import INTERPRETED, Launch, hooked, launch
 
 Given = Sequence[Tensor | None]
 Pick = Callable[[tuple[Any, ...]], tuple[Any, ...]]
@@ -58,7 +58,8 @@ class Call:
         """How to make the call again, where that is possible."""
         tensors = [*self._given, *self._new, *(row for _, _, row in self._parts)]
         at = {id(x): i for i, x in enumerate(tensors) if x is not None}
-        results = [at.get(id(x), -1) - len(self._given) for x in (result if isinstance(result, list) else [result])]
+        many = isinstance(result, (list, tuple))
+        results = [at.get(id(x), -1) - len(self._given) for x in (result if many else (result,))]
         if not self._launches or not all(0 <= i < len(self._new) for i in results):
             return None
         constants: list[Any] = []
@@ -76,9 +77,8 @@ class Call:
             launches.append((made, itemgetter(*places)))
         empty = [(tuple(x.shape), x.stride(), x.dtype) for x in self._new]
         parts = [(i, row, self._new[i].stride(0) * self._new[i].element_size()) for i, row, _ in self._parts]
-        return Again(
-            self._device, empty, parts, constants, launches, results if isinstance(result, list) else results[0]
-        )
+        found = type(result)(results) if many else results[0]
+        return Again(self._device, empty, parts, constants, launches, found)
 
 
 class Again:
@@ -90,14 +90,14 @@ class Again:
 
     def __init__(self, device: torch.device, empty: list[tuple[Any, ...]], parts: list[tuple[int, int, int]],
                  constants: list[Any], launches: list[tuple[Launch, Pick]],
-                 results: list[int] | int) -> None:  # fmt: skip
+                 results: list[int] | tuple[int, ...] | int) -> None:  # fmt: skip
         self._device, self._index = device, -1 if device.index is None else device.index
         self._allocate, self._empty, self._parts, self._constants = allocator(device), empty, parts, constants
         self._launches, self._results = launches, results
 
     def __call__(self, given: Given, addresses: list[int | None]) -> Any:
         """The results; `addresses` are those of `given`."""
-        if not INTERPRETED and Launch.current_device() != self._index:
+        if not INTERPRETED and self._launches[0][0].current_device() != self._index:
             with torch.cuda.device(self._device):
                 return self._make(given, addresses)
         return self._make(given, addresses)
@@ -105,17 +105,27 @@ class Again:
     def _make(self, given: Given, addresses: list[int | None]) -> Any:
         allocate = self._allocate
         new = [allocate(*empty) for empty in self._empty]
-        found: tuple[Any, ...]
         if INTERPRETED:
-            found = (*given, *new, *[new[i][row] for i, row, _ in self._parts], *self._constants)
+            parts = [new[i][row] for i, row, _ in self._parts]
+            for kernel, pick in self._launches:
+                kernel.slow(*pick((*given, *new, *parts, *self._constants)))
         else:
             places = [x.data_ptr() for x in new]
-            parts = [places[i] + row * size for i, row, size in self._parts]
-            found = (*addresses, *places, *parts, *self._constants)
-        for kernel, pick in self._launches:
-            kernel.run(pick(found), self._index)
+            rows = [places[i] + row * size for i, row, size in self._parts]
+            self._launch((*addresses, *places, *rows, *self._constants))
         at = self._results
-        return new[at] if isinstance(at, int) else [new[i] for i in at]
+        if isinstance(at, int):
+            return new[at]
+        return [new[i] for i in at] if isinstance(at, list) else tuple([new[i] for i in at])
+
+    def _launch(self, found: tuple[Any, ...]) -> None:
+        if hooked():
+            for kernel, pick in self._launches:
+                kernel.slow(*pick(found))
+        else:
+            stream = self._launches[0][0].stream(self._index)
+            for kernel, pick in self._launches:
+                kernel.start(pick(found), stream)
 
 
 class Calls:

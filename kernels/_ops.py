@@ -138,15 +138,11 @@ class Launch:
                 described = None if isinstance(x, Tensor) else {**x.__dict__, "base": None}
                 self._slots.append((i, described))
                 self._arguments[i] = None if described is None else type(x)  # keeps no tensor alive
-        self._slow = kernel[(grid,)] if INTERPRETED else compiled[(grid, 1, 1)]
+        self.slow = kernel[(grid,)] if INTERPRETED else compiled[(grid, 1, 1)]
         if not INTERPRETED:
             self._start, self._function, self._packed = compiled.run, compiled.function, compiled.packed_metadata
-            self._stream = triton.runtime.driver.active.get_current_stream
-
-    @staticmethod
-    def current_device() -> int:
-        """The index of the GPU that a launch goes to."""
-        return triton.runtime.driver.active.get_current_device()
+            active = triton.runtime.driver.active
+            self.current_device, self.stream = active.get_current_device, active.get_current_stream
 
     def arguments(self, given: Sequence[Any]) -> list[Any]:
         """The arguments with the constants, as `run` takes them."""
@@ -157,22 +153,20 @@ class Launch:
         arguments = self._arguments.copy()
         for (slot, described), tensor in zip(self._slots, tensors, strict=True):
             arguments[slot] = tensor if described is None else _described(arguments[slot], described, tensor)
-        self.run(arguments, -1 if INTERPRETED else self.current_device())
+        if INTERPRETED or hooked():
+            self.slow(*arguments)
+        else:
+            self.start(arguments, self.stream(self.current_device()))
 
-    def run(self, arguments: Sequence[Any], device: int) -> None:
-        """Launches the kernel on the current device, whose index is given.
+    def start(self, arguments: Sequence[Any], stream: int) -> None:
+        """Launches the kernel on the current device, where nobody wants to be told of it, else `slow` does.
 
         A tensor may be given by its address: the launcher then calls neither Python nor the driver to find it.
         """
-        if INTERPRETED or _hooked():
-            self._slow(*arguments)
-        else:
-            self._start(
-                self._grid, 1, 1, self._stream(device), self._function, self._packed, None, None, None, *arguments
-            )
+        self._start(self._grid, 1, 1, stream, self._function, self._packed, None, None, None, *arguments)
 
 
-def _hooked() -> bool:
+def hooked() -> bool:
     """Whether someone (a profiler) wants to be told of launches; without, Triton would still prepare to tell it."""
     enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
