@@ -144,9 +144,13 @@ class Calls:
         """
         addresses = [None if x is None else x.data_ptr() for x in given]
         alignments = tuple([None if address is None else address & 15 for address in addresses])
-        same = None if len(set(addresses)) == len(addresses) else tuple(map(addresses.index, addresses))
+        ids, same = [*map(id, given)], None
+        if len(set(ids)) != len(ids):
+            same = tuple(map(ids.index, ids))
         key = (given[0].shape, options, alignments, same)  # type: ignore[union-attr]
         tensors = [x for x in given if x is not None]
+        if same is not None:
+            tensors = list({id(x): x for x in tensors}.values())
         known = self._known.get(key)
         if known is not None:
             for alike, again in known:

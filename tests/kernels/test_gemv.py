@@ -112,6 +112,15 @@ def test_linear_residual(case: Any, dtype: torch.dtype) -> None:
     check(residual.linear_residual_gemv, residual.reference, residual_arguments(dtype, *case), dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_another_call_of_the_same_kind_reads_its_own_tensors(rows: int) -> None:
+    for seed in range(3):
+        x, *rest = norm_linear_arguments(torch.float16, rows, 48, [10, 33], "layer", "none,gelu")
+        check(norm_linear.norm_linear_gemv, norm_linear.reference, (x + seed, *rest), torch.float16)
+        x, *rest = residual_arguments(torch.float16, rows, 16, 64, 0, True)
+        check(residual.linear_residual_gemv, residual.reference, (x + seed, *rest), torch.float16)
+
+
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="compiles for a GPU")
 @pytest.mark.parametrize("rows", [1, 4])
 def test_the_launches_compile_for_hopper(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
