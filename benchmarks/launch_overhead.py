@@ -1,6 +1,6 @@
 """Microseconds of processor time that a call of an opaque op takes, down to the driver's launch.
 
-    python benchmarks/launch_overhead.py [--out FILE] [--only OP] [--calls N]
+    python benchmarks/launch_overhead.py [--out FILE] [--only OP] [--label TEXT] [--calls N]
 
 Without CUDA graphs these bound a decoding step. The op is called as Inductor's code calls it, by its overload and
 without gradients. "empty" is an op of the same arguments that does nothing: what torch's dispatcher takes.
@@ -128,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out")
     parser.add_argument("--only", choices=OPS)
+    parser.add_argument("--label", default="", help="of the code that is measured; written into each row")
     parser.add_argument("--calls", type=int, default=200, help="calls in a round; above some hundred the queue is full")
     args = parser.parse_args()
     log, on_gpu = Log(args.out), torch.cuda.is_available()
@@ -141,9 +142,10 @@ def main() -> None:
                 empty = empty_like(op)
                 found = microseconds(lambda op=op, given=given: op(*given), args.calls)
                 least = microseconds(lambda op=empty, given=given: op(*given), args.calls)
-            log.write(what="launch_overhead", op=name, us=round(found, 2), empty_us=round(least, 2), stubbed=not on_gpu)
+            row = {"what": "launch_overhead", "label": args.label, "op": name}
+            log.write(**row, us=round(found, 2), empty_us=round(least, 2), stubbed=not on_gpu)
         except Exception as error:  # the other ops are still worth measuring
-            log.write(what="launch_overhead", op=name, error=repr(error)[:300])
+            log.write(what="launch_overhead", label=args.label, op=name, error=repr(error)[:300])
 
 
 if __name__ == "__main__":
