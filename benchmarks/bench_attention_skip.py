@@ -45,7 +45,7 @@ SHAPES = {
     "1x1560x1536": (1, 1560, 1536, 12),
     "1x7800x1536-fp32": (1, 7800, 1536, 12),
 }
-FUSE = {"unmeasured": True, "only": ["attention_skip"]}
+FUSE = {"unmeasured": True}
 
 
 class SkippedAttention(nn.Module):

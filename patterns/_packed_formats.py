@@ -17,14 +17,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from torch_fuse._compat import unset_fake_temporarily
-from torch_fuse.graph.dequant import Closure
+from torch_fuse.graph.closure import Closure
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import tensor, tensors, value
-from torch_fuse.kernels.packed_weight import COMPUTE, NIBBLES, Format, decode, weight_shape
+from torch_fuse.kernels.packed_weight import COMPUTE, NIBBLES, Format, decode, unpacked, weight_shape
 from torch_fuse.rewrite.builder import Builder
 
 _DRAWS = 4
 _TAILED = (128, 64, 32, 256, 16)  # sizes of groups and blocks of which the last may be shorter
+_RUNS = (32, 16, 64)  # bytes of which the low halves are a run of columns, and the high ones the next
 _FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 Steps = tuple[tuple[Any, ...], ...]
 
@@ -102,16 +103,39 @@ def read(closure: Closure, shape: tuple[int, int], transposed: bool, output: tup
 
 
 def _search(closure: Closure, shape: tuple[int, int], transposed: bool, output: tuple[int, str] | None) -> Reading:
-    draws = [[_random(leaf, draw, i) for i, leaf in enumerate(closure.leaves)] for draw in range(_DRAWS)]
-    wanted = [closure.run(leaves) for leaves in draws]
-    if transposed:
-        wanted = [weight.t() for weight in wanted]
-    for reading in _candidates(closure, shape, output):
-        if all(_agree(reading, leaves, weight) for leaves, weight in zip(draws, wanted, strict=True)):
+    def drawn(draw: int) -> tuple[list[Tensor], Tensor]:
+        leaves = [_random(leaf, draw, i) for i, leaf in enumerate(closure.leaves)]
+        return leaves, _run(closure, leaves, transposed)
+
+    leaves, weight = drawn(0)
+    ones = [leaves[0], *(torch.ones_like(leaf) for leaf in leaves[1:])]
+    plain = _run(closure, ones, transposed)
+    codes = [found for found in _codes(closure.codes, shape) if _could_be(found, leaves[0], plain)]
+    for reading in _candidates(closure, shape, codes, output):
+        if _agree(reading, leaves, weight) and all(_agree(reading, *drawn(draw)) for draw in range(1, _DRAWS)):
             return reading
-    codes, *others = (tensor(leaf) for leaf in closure.leaves)
-    read = ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in (codes, *others) if x is not None)
+    read = ", ".join(f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" for x in leaves)
     raise Miss(f"no known format computes this weight {list(shape)} from {read}")
+
+
+def _run(closure: Closure, leaves: list[Tensor], transposed: bool) -> Tensor:
+    weight, like = closure.run(leaves), tensor(closure.root)
+    if like is None or weight.dtype != like.dtype or weight.shape != like.shape:
+        raise Miss(f"{closure.root.name} is {weight.dtype}{list(weight.shape)} when it is computed by itself")
+    return weight.t() if transposed else weight
+
+
+def _could_be(found: tuple[Part, int, str, str], leaf: Tensor, weight: Tensor) -> bool:
+    """Whether a weight whose scales and zero points are 1 has the steps of these codes: a cheap test."""
+    part, bits, kind, nibbles = found
+    if kind not in ("int", "uint"):
+        return True
+    try:
+        codes = unpacked(part.of([leaf]), Format(bits, kind, nibbles=nibbles)).float()
+    except (ValueError, RuntimeError, IndexError):
+        return False
+    seen = weight.float()
+    return codes.shape == seen.shape and bool((codes - codes[:1, :1] == seen - seen[:1, :1]).all())
 
 
 def _agree(reading: Reading, leaves: list[Tensor], weight: Tensor) -> bool:
@@ -154,10 +178,11 @@ def _random(leaf: Node, draw: int, place: int) -> Tensor:
     return torch.as_strided(flat, like.shape, like.stride())
 
 
-def _candidates(closure: Closure, shape: tuple[int, int], output: tuple[int, str] | None) -> Iterator[Reading]:
+def _candidates(
+    closure: Closure, shape: tuple[int, int], codes: list[tuple[Part, int, str, str]], output: tuple[int, str] | None
+) -> Iterator[Reading]:
     """All that a closure could be by the shapes and types of its leaves."""
     computes = [name for name, dtype in COMPUTE.items() if any(_computes_in(node, dtype) for node in closure.nodes)]
-    codes = list(_codes(closure.codes, shape))
     offsets = sorted({0, *(c for node in closure.nodes for c in _integers(node))})
     if output is not None:
         for (part, bits, kind, nibbles), offset in itertools.product(codes, offsets):
@@ -277,11 +302,15 @@ def _codes(leaf: Node, shape: tuple[int, int]) -> Iterator[tuple[Part, int, str,
         else:
             view = () if found.dtype == torch.uint8 else (("view", torch.uint8),)
             layouts = list(_laid_out(size, n))
-        halves = list(_laid_out(size, n // 2)) if n % 2 == 0 else []
-        for kind in ("uint", "lut16", "int"):
-            for nibbles in NIBBLES:
-                for steps in halves if nibbles.startswith("rows") else layouts:
-                    yield Part(0, (*view, *steps)), 4, kind, nibbles
+        runs = [(*steps, ("unflatten", -1, (-1, run))) for steps in layouts for run in _RUNS if size[-1] > run]
+        places = {
+            "low": layouts,
+            "half": [*layouts, *runs],
+            "rows": list(_laid_out(size, n // 2)) if n % 2 == 0 else [],
+        }
+        for kind, nibbles in itertools.product(("uint", "lut16", "int"), NIBBLES):
+            for steps in places["low" if nibbles == "high" else nibbles.removesuffix("_high")]:
+                yield Part(0, (*view, *steps)), 4, kind, nibbles
 
 
 def _laid_out(size: tuple[int, ...], n: int) -> Iterator[Steps]:

@@ -21,7 +21,8 @@ import torch
 from torch.fx import Node
 
 from torch_fuse._compat import is_traceable_wrapper_subclass
-from torch_fuse.graph.dequant import Closure, OutputScale, Product, closure_of, match_output_scale, match_product
+from torch_fuse.graph.closure import Closure, closure_of
+from torch_fuse.graph.dequant import OutputScale, Product, match_output_scale, match_product
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.subclass import Traced, is_packed, trace_linear

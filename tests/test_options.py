@@ -22,7 +22,7 @@ def test_no_options_are_the_defaults():
         ({"verify": True}, ["True", "first_call"]),
         ({"disable": ["causal_masc"]}, ["'causal_masc'", "'causal_mask'"]),
         ({"only": 3}, ["only", "3"]),
-        ({"lossy": ["attention"]}, ["'attention'", "nothing"]),
+        ({"lossy": ["atention"]}, ["'atention'", "allowed: attention", "'attention'"]),
         ({"fuel": -1}, ["fuel", "-1", ">= 0"]),
         ({"fuel": True}, ["fuel", "True"]),
         ({"unmeasured": 1}, ["unmeasured", "1", "True"]),

@@ -68,7 +68,7 @@ def is_packed(weight: Node | None) -> bool:
     found = tensor(weight)
     if found is None or not is_traceable_wrapper_subclass(found):
         return False
-    parts = [getattr(found, name) for name in found.__tensor_flatten__()[0]]  # type: ignore[attr-defined]
+    parts = [getattr(found, name) for name in found.__tensor_flatten__()[0]]
     return any(isinstance(x, Tensor) and x.dtype.itemsize == 1 and 2 * x.numel() >= found.numel() for x in parts)
 
 
@@ -87,7 +87,8 @@ def trace_linear(x: Node, weight: Node, mode: FakeTensorMode | None) -> Traced:
 
     def linear(x: Tensor, *parts: Tensor) -> Tensor:
         inner = dict(zip(names, parts, strict=True))
-        rebuilt = type(found).__tensor_unflatten__(inner, context, found.shape, found.stride())  # type: ignore
+        kind: Any = type(found)
+        rebuilt = kind.__tensor_unflatten__(inner, context, found.shape, found.stride())
         return F.linear(x, rebuilt)
 
     try:

@@ -154,6 +154,8 @@ def _rewrite_module(module: GraphModule, inner: bool, refusal: str, run: _Run) -
     before = run.report.rewrites
     look = partial(GraphView, module, inner=inner, writes={}, options=run.options)
     for pattern in run.patterns.values():
+        if pattern.lossy and pattern.lossy not in run.options.lossy:
+            continue
         _apply(module, pattern, refusal, run, look)
     view = look()
     for kind in KINDS:

@@ -65,8 +65,11 @@ class Pattern:
             `anchors`.
         stage: when it is tried: "canonicalise" patterns, which only respell so that others recognise more, come first,
             then "fuse" patterns, then "attend" patterns, which replace an attention itself and so come after those
-            that look at what goes into it. Within a stage the order is alphabetical.
+            that look at what goes into it. Within a stage the order is alphabetical,
+            lossy ones first.
         op: qualified name of the op that it emits, or "" when it emits PyTorch's own operators.
+        lossy: family of `options["lossy"]` that the pattern needs to be tried at all; "" for exact patterns. In its
+            stage it comes before them.
         needs_kernel: False when the rewrite uses PyTorch's own operators only and wins on every device.
         across_autocast: True when autocast changes no operator that it emits, so that a match may reach from where
             autocast is on to where it is off.
@@ -76,6 +79,7 @@ class Pattern:
     kind: ClassVar[str] = ""
     stage: ClassVar[Stage] = "fuse"
     op: ClassVar[str] = ""
+    lossy: ClassVar[str] = ""
     needs_kernel: ClassVar[bool] = True
     across_autocast: ClassVar[bool] = False
 

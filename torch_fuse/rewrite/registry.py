@@ -41,10 +41,10 @@ def register(pattern: P) -> P:
 
 
 def patterns() -> dict[str, Pattern]:
-    """All patterns by name, in the order in which they are tried: by stage, then alphabetically."""
+    """All patterns by name, in the order in which they are tried: by stage, lossy ones first, then alphabetically."""
     _discover()
     with _lock:
-        order = sorted(_patterns.values(), key=lambda pattern: (STAGES.index(pattern.stage), pattern.name))
+        order = sorted(_patterns.values(), key=lambda x: (STAGES.index(x.stage), not x.lossy, x.name))
         return {pattern.name: pattern for pattern in order}
 
 
