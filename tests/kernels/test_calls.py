@@ -1,6 +1,10 @@
 """Which calls of an opaque op are made again, and with what."""
 
 import importlib
+import os
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -191,8 +195,6 @@ def test_a_changed_configuration_is_used(recorded: Any, monkeypatch: pytest.Monk
 
 
 def test_no_tensor_is_kept_alive(recorded: Any) -> None:
-    import weakref
-
     module, arguments = residual_call(1)
     result = module._forward(*arguments)
     alive = [weakref.ref(x) for x in (result, *_tensors(arguments))]
@@ -221,3 +223,44 @@ def test_results_of_inference_mode_are_as_torch_makes_them(recorded: Any) -> Non
             for _ in range(2):
                 out = residual._forward(*residual_call(1)[1])
                 assert out.is_inference() == torch.is_inference_mode_enabled() and not out.requires_grad
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_call_goes_to_the_gpu_of_its_tensors() -> None:
+    module, arguments = residual_call(1)
+    wanted = module.reference(*arguments)
+    for device in ("cuda:0", "cuda:1") * 2:
+        found = module.linear_residual_gemv(*(None if x is None else x.to(device) for x in arguments))
+        assert found.device == torch.device(device)
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or _ops.INTERPRETED), reason="needs a GPU or the interpreter")
+@pytest.mark.parametrize("name", MAKE)
+def test_another_call_computes_what_the_first_one_of_its_kind_would(name: str) -> None:
+    device = "cpu" if _ops.INTERPRETED else "cuda"
+
+    def copied(x: Any) -> Any:
+        return x.to(device, copy=True) if isinstance(x, Tensor) else [*map(copied, x)] if isinstance(x, list) else x
+
+    (module, first), (_, second) = MAKE[name](), MAKE[name]()
+    if module is masked:
+        first, second = ((*x[:4], masked.key_range(x[3]), *x[5:]) for x in (first, second))
+    op = getattr(module, module.__name__.rpartition(".")[2])
+    module._calls._known.clear()
+    op(*copied([*first]))
+    found, known = op(*copied([*second])), len(module._calls._known)
+    module._calls._known.clear()
+    wanted = op(*copied([*second]))
+    assert known == 1
+    for x, y in zip(*([r] if isinstance(r, Tensor) else r for r in (found, wanted)), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
+def test_kernels_in_the_interpreter() -> None:
+    """The test above on a machine without a GPU, in a process that interprets the kernels."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", "-k", "computes", __file__]
+    found = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]
