@@ -87,8 +87,8 @@ MAKE: dict[str, Callable[[], tuple[Any, ...]]] = {
     "norm_linear, rows of one norm": lambda: norm_linear_call(3, True),
     "linear_residual": lambda: residual_call(1),
     "linear_residual, rows": lambda: residual_call(2),
-    "decode, one launch": lambda: decode_call(16),
-    "decode, two launches": lambda: decode_call(1024),
+    "decode, few keys": lambda: decode_call(16),
+    "decode, many keys": lambda: decode_call(1024),
     "masked": masked_call,
 }
 
