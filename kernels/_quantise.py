@@ -58,18 +58,19 @@ def statistics_kernel(q, k, v, found, q_length, length, q_b, q_h, q_s, k_b, k_h,
     sample = tl.arange(0, SAMPLES).to(tl.int64)
     exists = (lane < D)[None, :]
     row = sample * length // SAMPLES
-    keys = tl.load(k + _offsets(b, kv, row, lane, k_b, k_h, k_s), exists, 0.0).to(tl.float32)
+    head = kv * GROUP + tl.arange(0, SAMPLES) % GROUP
+    q_row = sample * q_length // SAMPLES
+    q_at = b.to(tl.int64) * q_b + head[:, None].to(tl.int64) * q_h + q_row[:, None] * q_s + lane[None, :]
+    keys = tl.load(k + _offsets(b, kv, row, lane, k_b, k_h, k_s), exists, 0.0)
+    queries = tl.load(q + q_at, exists, 0.0)
+    values = tl.load(v + _offsets(b, kv, row, lane, v_b, v_h, v_s), exists, 0.0).to(tl.float32)
+    keys, queries = keys.to(tl.float32), queries.to(tl.float32)
     mean = tl.sum(keys, 0) / SAMPLES
     rest = keys - mean[None, :]
     of_keys = tl.sum(rest * rest, 0)
-    q_row = sample * q_length // SAMPLES
-    head = kv * GROUP + tl.arange(0, SAMPLES) % GROUP
-    q_at = b.to(tl.int64) * q_b + head[:, None].to(tl.int64) * q_h + q_row[:, None] * q_s + lane[None, :]
-    queries = tl.load(q + q_at, exists, 0.0).to(tl.float32)
     of_queries = tl.sum(queries * queries, 0)
     exponent = tl.floor(0.25 * (tl.log2(of_keys + 1e-20) - tl.log2(of_queries + 1e-20)) + 0.5)
     exponent = tl.where(exponent == exponent, tl.minimum(tl.maximum(exponent, -12.0), 12.0), 0.0)
-    values = tl.load(v + _offsets(b, kv, row, lane, v_b, v_h, v_s), exists, 0.0).to(tl.float32)
     at = found + pair * 3 * WIDTH + lane
     tl.store(at, mean)
     tl.store(at + WIDTH, tl.exp2(exponent))
@@ -94,6 +95,21 @@ def _rotated(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, INTERPRETED: tl.constex
 def _rounded(x):
     """To the nearest integer, as int8; x between -127 and 127. The sum's last bits are the integer's."""
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _nan_maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(x, least, axis: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The largest magnitude, `least` at least; NaN where anything is not finite."""
+    if INTERPRETED:  # noqa: SIM108 (known when it is compiled)
+        found = tl.max(tl.abs(x), axis) + tl.sum(x * 0.0, axis)
+    else:
+        found = tl.reduce(tl.abs(x), axis, _nan_maximum)
+    return tl.maximum(found, least) + found * 0.0
 
 
 @triton.jit
@@ -124,7 +140,7 @@ def _query(q, found, q8, q_scale, program, q_length, q_rows, factor, q_b, q_h, q
     balance = tl.load(found + ((b * (H // GROUP) + h // GROUP) * 3 + 1) * WIDTH + lane)
     x = _load(q, b, h, row, q_length, q_b, q_h, q_s, D, WIDTH)
     x = _rotated(x * balance[None, :], ROWS, WIDTH, INTERPRETED)
-    scale = tl.maximum(tl.max(tl.abs(x), 1), 1e-15) + tl.sum(x * 0.0, 1)
+    scale = _largest(x, 1e-15, 1, INTERPRETED)
     at = pair.to(tl.int64) * q_rows + row
     tl.store(q8 + at[:, None] * LANES + lane[None, :], _rounded(x * (127.0 / scale)[:, None]), (lane < LANES)[None, :])
     tl.store(q_scale + at, scale * (factor / (127.0 * 32.0)))
@@ -142,7 +158,7 @@ def _key(k, found, k8, kv_scale, program, length, k_rows, k_b, k_h, k_s, KV: tl.
     x = _load(k, pair // KV, pair % KV, row, length, k_b, k_h, k_s, D, WIDTH)
     x = tl.where((row < length)[:, None], (x - mean[None, :]) / balance[None, :], 0.0)
     x = _rotated(x, TILE, WIDTH, INTERPRETED)
-    scale = tl.maximum(tl.max(tl.abs(x)), 1e-15) + tl.sum(x * 0.0)
+    scale = _largest(x, 1e-15, None, INTERPRETED)
     at = pair.to(tl.int64) * k_rows + row
     tl.store(k8 + at[:, None] * LANES + lane[None, :], _rounded(x * (127.0 / scale)), (lane < LANES)[None, :])
     tl.store(kv_scale + program * 2, scale / 127.0)
@@ -159,7 +175,7 @@ def _value(v, found, v8, kv_scale, program, length, k_rows, v_b, v_h, v_s, KV: t
     x = _load(v, pair // KV, pair % KV, row, length, v_b, v_h, v_s, D, WIDTH)
     # Not far below the rest: the kernel's sums are in units of this scale.
     least = tl.maximum(tl.load(found + (pair * 3 + 2) * WIDTH) * 9.5367431640625e-07, 1e-15)
-    scale = (tl.maximum(tl.max(tl.abs(x)), least) + tl.sum(x * 0.0)) / 448.0
+    scale = _largest(x, least, None, INTERPRETED) / 448.0
     x = tl.trans(tl.minimum(tl.maximum(x * (1.0 / scale), -448.0), 448.0))
     at = (pair.to(tl.int64) * D + lane)[:, None] * k_rows + tile * TILE + place[None, :]
     tl.store(v8 + at, to_fp8(x, INTERPRETED), (lane < D)[:, None])
@@ -170,21 +186,24 @@ def _value(v, found, v8, kv_scale, program, length, k_rows, v_b, v_h, v_s, KV: t
 def quantise_kernel(q, k, v, found, q8, k8, v8, q_scale, kv_scale, q_length, length, q_rows, k_rows, q_programs,
                     k_programs, factor, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, H: tl.constexpr,
                     GROUP: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
-                    ROWS: tl.constexpr, TILE: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
-    """A tile of queries, of keys or of values a program."""
-    program = tl.program_id(0)
-    if program < q_programs:
-        _query(q, found, q8, q_scale, program, q_length, q_rows, factor, q_b, q_h, q_s, H, GROUP, D, LANES, WIDTH,
+                    ROWS: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+                    INTERPRETED: tl.constexpr):  # fmt: skip
+    """Tiles of queries, then of keys, then of values, one after the other: the next is loaded under this one."""
+    first, step = tl.program_id(0), tl.num_programs(0)
+    for tile in tl.range(first, q_programs, step, num_stages=STAGES):
+        _query(q, found, q8, q_scale, tile, q_length, q_rows, factor, q_b, q_h, q_s, H, GROUP, D, LANES, WIDTH,
                ROWS, INTERPRETED)  # fmt: skip
-    elif program < q_programs + k_programs:
-        _key(k, found, k8, kv_scale, program - q_programs, length, k_rows, k_b, k_h, k_s, H // GROUP, D, LANES, WIDTH,
-             TILE, INTERPRETED)  # fmt: skip
-    else:
-        _value(v, found, v8, kv_scale, program - q_programs - k_programs, length, k_rows, v_b, v_h, v_s, H // GROUP,
-               D, WIDTH, TILE, INTERPRETED)  # fmt: skip
+    for tile in tl.range(first, k_programs, step, num_stages=STAGES):
+        _key(k, found, k8, kv_scale, tile, length, k_rows, k_b, k_h, k_s, H // GROUP, D, LANES, WIDTH, TILE,
+             INTERPRETED)  # fmt: skip
+    for tile in tl.range(step - 1 - first, k_programs, step, num_stages=STAGES):
+        _value(v, found, v8, kv_scale, tile, length, k_rows, v_b, v_h, v_s, H // GROUP, D, WIDTH, TILE, INTERPRETED)
 
 
-ROWS = 64  # queries a program
+ROWS = 64  # queries a tile
+STAGES = 3  # tiles in flight
+# Programs a multiprocessor, and the registers a thread that so many have; by WIDTH.
+RESIDENT = {64: (3, 80), 128: (2, 128)}
 
 
 def empty(q: Tensor, k: Tensor, tile: int, q_multiple: int) -> Quantised:
@@ -214,13 +233,15 @@ def calls(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: int, found: Tenso
     strides = [x.stride(i) for x in (q, k, v) for i in range(3)]
     shared = {"H": heads, "GROUP": group, "D": dim}
     width = found.shape[2]
+    programs, registers = RESIDENT[width]
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     q_rows, k_rows = to.q8.shape[0] // (batch * heads), to.k8.shape[0] // pairs
     q_programs, k_programs = to.q8.shape[0] // ROWS, to.k8.shape[0] // tile
     first = [q, k, v, found, q_length, length, *strides]
     second = [q, k, v, found, *to, q_length, length, q_rows, k_rows, q_programs, k_programs, scale * LOG2_E, *strides]
     return [
         (statistics_kernel, pairs, first, {**shared, "WIDTH": width, "SAMPLES": SAMPLES, "num_warps": 8}),
-        (quantise_kernel, q_programs + 2 * k_programs, second,
-         {**shared, "LANES": to.q8.shape[1], "WIDTH": width, "ROWS": ROWS, "TILE": tile, "INTERPRETED": INTERPRETED,
-          "num_warps": 8}),
+        (quantise_kernel, min(max(q_programs, k_programs), programs * processors), second,
+         {**shared, "LANES": to.q8.shape[1], "WIDTH": width, "ROWS": ROWS, "TILE": tile, "STAGES": STAGES,
+          "INTERPRETED": INTERPRETED, "num_warps": 8, "maxnreg": registers}),
     ]  # fmt: skip
