@@ -124,10 +124,14 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
         if D2 > 0:
             acc2 = gl.zeros([64, D2], gl.float32, layout=layout2)
         decay = shift * 0.0
+        next_scale = gl.load(scales - 2, mask=tiles > 1, other=0.0)
+        next_v_log = gl.load(scales - 1, mask=tiles > 1, other=0.0)
         for t in range(1, tiles):
+            scale = row_scale * next_scale
+            new_v_log = next_v_log
             scales -= 2
-            scale = row_scale * gl.load(scales)
-            new_v_log = gl.load(scales + 1)
+            next_scale = gl.load(scales - 2, mask=t + 1 < tiles, other=0.0)
+            next_v_log = gl.load(scales - 1, mask=t + 1 < tiles, other=0.0)
             mbarrier.wait(k_full.index(k_stage), k_phase)
             p1 = operand(packed, p_layout1, N)
             p2 = operand(packed, p_layout2, N)
