@@ -123,10 +123,16 @@ def to_fp8(x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _load(x, b, h, row, length, stride_b, stride_h, stride_s, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of a head in fp32, zero past its length and lanes."""
+    """Rows of a head in fp32, the last one again past its length, zero past its lanes.
+
+    A row past the end is read as any number: it makes no scale larger, and a mask would cost an instruction a number.
+    """
     lane = tl.arange(0, WIDTH)
-    stored = (row < length)[:, None] & (lane < D)[None, :]
-    return tl.load(x + _offsets(b, h, row, lane, stride_b, stride_h, stride_s), stored, 0.0).to(tl.float32)
+    at = x + _offsets(b, h, tl.minimum(row, length - 1), lane, stride_b, stride_h, stride_s)
+    if D == WIDTH:
+        return tl.load(at).to(tl.float32)
+    else:  # noqa: RET505 (which of the two is known when it is compiled)
+        return tl.load(at, (lane < D)[None, :], 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -156,8 +162,8 @@ def _key(k, found, k8, kv_scale, program, length, k_rows, k_b, k_h, k_s, KV: tl.
     mean = tl.load(found + pair * 3 * WIDTH + lane)
     balance = tl.load(found + (pair * 3 + 1) * WIDTH + lane)
     x = _load(k, pair // KV, pair % KV, row, length, k_b, k_h, k_s, D, WIDTH)
-    x = tl.where((row < length)[:, None], (x - mean[None, :]) / balance[None, :], 0.0)
-    x = _rotated(x, TILE, WIDTH, INTERPRETED)
+    inverse = 1.0 / balance
+    x = _rotated(x * inverse[None, :] - (mean * inverse)[None, :], TILE, WIDTH, INTERPRETED)
     scale = _largest(x, 1e-15, None, INTERPRETED)
     at = pair.to(tl.int64) * k_rows + row
     tl.store(k8 + at[:, None] * LANES + lane[None, :], _rounded(x * (127.0 / scale)), (lane < LANES)[None, :])
@@ -176,7 +182,7 @@ def _value(v, found, v8, kv_scale, program, length, k_rows, v_b, v_h, v_s, KV: t
     # Not far below the rest: the kernel's sums are in units of this scale.
     least = tl.maximum(tl.load(found + (pair * 3 + 2) * WIDTH) * 9.5367431640625e-07, 1e-15)
     scale = _largest(x, least, None, INTERPRETED) / 448.0
-    x = tl.trans(tl.minimum(tl.maximum(x * (1.0 / scale), -448.0), 448.0))
+    x = tl.trans(x * (1.0 / scale))  # to 448 and its rounding, which FP8's takes
     at = (pair.to(tl.int64) * D + lane)[:, None] * k_rows + tile * TILE + place[None, :]
     tl.store(v8 + at, to_fp8(x, INTERPRETED), (lane < D)[:, None])
     tl.store(kv_scale + program * 2 + 1, tl.log2(scale))

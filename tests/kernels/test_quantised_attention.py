@@ -129,6 +129,23 @@ def test_values_of_very_different_tiles() -> None:
     assert op(q * 0, k * 0, v * 0, False, 0.1).eq(0).all()
 
 
+def test_nothing_is_read_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is in memory before: 0xFF is NaN in fp32 and FP8, 0x7F also the largest int8."""
+    new_empty, found = torch.Tensor.new_empty, []
+    for byte in (0, 0x7F):
+
+        def poison(self: Tensor, *args, byte: int = byte, **kwargs) -> Tensor:
+            out = new_empty(self, *args, **kwargs)
+            out.view(torch.uint8).fill_(byte)
+            return out
+
+        monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+        found.append(
+            [assert_close(inputs(length=n, keys=m, dim=80, heads=1, kv=1), False) for n, m in ((130, 1), (3, 70))]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_any_strides() -> None:
     q, k, v = inputs(batch=2, length=66)
     assert_close([q.contiguous(), k.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3), v.contiguous()], True)
