@@ -51,7 +51,10 @@ def _offsets(b, h, row, lane, stride_b, stride_h, stride_s):
 def statistics_kernel(q, k, v, found, q_length, length, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s,
                       H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
                       SAMPLES: tl.constexpr):  # fmt: skip
-    """Of one key head: the keys' mean, the balance, the largest value, each of a sample; found [B * H_kv, 3, WIDTH]."""
+    """Of one key head: the keys' mean, the balance, the largest value, each of a sample.
+
+    found [B * H_kv, 4, WIDTH]: mean / balance, balance, 1 / balance, largest value.
+    """
     pair = tl.program_id(0)
     b, kv = pair // (H // GROUP), pair % (H // GROUP)
     lane = tl.arange(0, WIDTH)
@@ -71,10 +74,12 @@ def statistics_kernel(q, k, v, found, q_length, length, q_b, q_h, q_s, k_b, k_h,
     of_queries = tl.sum(queries * queries, 0)
     exponent = tl.floor(0.25 * (tl.log2(of_keys + 1e-20) - tl.log2(of_queries + 1e-20)) + 0.5)
     exponent = tl.where(exponent == exponent, tl.minimum(tl.maximum(exponent, -12.0), 12.0), 0.0)
-    at = found + pair * 3 * WIDTH + lane
-    tl.store(at, mean)
+    at = found + pair * 4 * WIDTH + lane
+    inverse = tl.exp2(-exponent)
+    tl.store(at, mean * inverse)
     tl.store(at + WIDTH, tl.exp2(exponent))
-    tl.store(at + 2 * WIDTH, tl.max(tl.abs(values)) + 0.0 * mean)
+    tl.store(at + 2 * WIDTH, inverse)
+    tl.store(at + 3 * WIDTH, tl.max(tl.abs(values)) + 0.0 * mean)
 
 
 @triton.jit
@@ -143,7 +148,7 @@ def _query(q, found, q8, q_scale, program, q_length, q_rows, factor, q_b, q_h, q
     tiles = q_rows // ROWS
     pair, row = program // tiles, program % tiles * ROWS + tl.arange(0, ROWS)
     b, h = pair // H, pair % H
-    balance = tl.load(found + ((b * (H // GROUP) + h // GROUP) * 3 + 1) * WIDTH + lane)
+    balance = tl.load(found + ((b * (H // GROUP) + h // GROUP) * 4 + 1) * WIDTH + lane)
     x = _load(q, b, h, row, q_length, q_b, q_h, q_s, D, WIDTH)
     x = _rotated(x * balance[None, :], ROWS, WIDTH, INTERPRETED)
     scale = _largest(x, 1e-15, 1, INTERPRETED)
@@ -159,11 +164,10 @@ def _key(k, found, k8, kv_scale, program, length, k_rows, k_b, k_h, k_s, KV: tl.
     tiles = k_rows // TILE
     pair, tile = program // tiles, program % tiles
     row = tile * TILE + tl.arange(0, TILE)
-    mean = tl.load(found + pair * 3 * WIDTH + lane)
-    balance = tl.load(found + (pair * 3 + 1) * WIDTH + lane)
+    mean = tl.load(found + pair * 4 * WIDTH + lane)
+    inverse = tl.load(found + (pair * 4 + 2) * WIDTH + lane)
     x = _load(k, pair // KV, pair % KV, row, length, k_b, k_h, k_s, D, WIDTH)
-    inverse = 1.0 / balance
-    x = _rotated(x * inverse[None, :] - (mean * inverse)[None, :], TILE, WIDTH, INTERPRETED)
+    x = _rotated(x * inverse[None, :] - mean[None, :], TILE, WIDTH, INTERPRETED)
     scale = _largest(x, 1e-15, None, INTERPRETED)
     at = pair.to(tl.int64) * k_rows + row
     tl.store(k8 + at[:, None] * LANES + lane[None, :], _rounded(x * (127.0 / scale)), (lane < LANES)[None, :])
@@ -180,7 +184,7 @@ def _value(v, found, v8, kv_scale, program, length, k_rows, v_b, v_h, v_s, KV: t
     row = tile * TILE + (place & -16) + ((place >> 1) & 1) * 8 + ((place >> 2) & 3) * 2 + (place & 1)
     x = _load(v, pair // KV, pair % KV, row, length, v_b, v_h, v_s, D, WIDTH)
     # Not far below the rest: the kernel's sums are in units of this scale.
-    least = tl.maximum(tl.load(found + (pair * 3 + 2) * WIDTH) * 9.5367431640625e-07, 1e-15)
+    least = tl.maximum(tl.load(found + (pair * 4 + 3) * WIDTH) * 9.5367431640625e-07, 1e-15)
     scale = _largest(x, least, None, INTERPRETED) / 448.0
     x = tl.trans(x * (1.0 / scale))  # to 448 and its rounding, which FP8's takes
     at = (pair.to(tl.int64) * D + lane)[:, None] * k_rows + tile * TILE + place[None, :]
@@ -206,7 +210,7 @@ def quantise_kernel(q, k, v, found, q8, k8, v8, q_scale, kv_scale, q_length, len
         _value(v, found, v8, kv_scale, tile, length, k_rows, v_b, v_h, v_s, H // GROUP, D, WIDTH, TILE, INTERPRETED)
 
 
-ROWS = 64  # queries a tile
+ROWS = 64  # queries a tile; twice as many where head_dim is 64
 STAGES = 3  # tiles in flight
 # Programs a multiprocessor, and the registers a thread that so many have; by WIDTH.
 RESIDENT = {64: (3, 80), 128: (2, 128)}
@@ -229,7 +233,7 @@ def empty(q: Tensor, k: Tensor, tile: int, q_multiple: int) -> Quantised:
 
 def statistics(q: Tensor, k: Tensor) -> Tensor:
     """Where the statistics of the samples go."""
-    return q.new_empty(q.shape[0] * k.shape[1], 3, triton.next_power_of_2(q.shape[3]), dtype=torch.float32)
+    return q.new_empty(q.shape[0] * k.shape[1], 4, triton.next_power_of_2(q.shape[3]), dtype=torch.float32)
 
 
 def calls(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: int, found: Tensor, to: Quantised) -> list[Any]:
@@ -242,12 +246,13 @@ def calls(q: Tensor, k: Tensor, v: Tensor, scale: float, tile: int, found: Tenso
     programs, registers = RESIDENT[width]
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     q_rows, k_rows = to.q8.shape[0] // (batch * heads), to.k8.shape[0] // pairs
-    q_programs, k_programs = to.q8.shape[0] // ROWS, to.k8.shape[0] // tile
+    rows = 2 * ROWS if width == 64 and q_rows % (2 * ROWS) == 0 else ROWS
+    q_programs, k_programs = to.q8.shape[0] // rows, to.k8.shape[0] // tile
     first = [q, k, v, found, q_length, length, *strides]
     second = [q, k, v, found, *to, q_length, length, q_rows, k_rows, q_programs, k_programs, scale * LOG2_E, *strides]
     return [
         (statistics_kernel, pairs, first, {**shared, "WIDTH": width, "SAMPLES": SAMPLES, "num_warps": 8}),
         (quantise_kernel, min(max(q_programs, k_programs), programs * processors), second,
-         {**shared, "LANES": to.q8.shape[1], "WIDTH": width, "ROWS": ROWS, "TILE": tile, "STAGES": STAGES,
+         {**shared, "LANES": to.q8.shape[1], "WIDTH": width, "ROWS": rows, "TILE": tile, "STAGES": STAGES,
           "INTERPRETED": INTERPRETED, "num_warps": 8, "maxnreg": registers}),
     ]  # fmt: skip
