@@ -192,7 +192,7 @@ def _value(v, found, v8, kv_scale, program, length, k_rows, v_b, v_h, v_s, KV: t
     tl.store(kv_scale + program * 2 + 1, tl.log2(scale))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])  # why: `_hopper_quantised_kernel`
 def quantise_kernel(q, k, v, found, q8, k8, v8, q_scale, kv_scale, q_length, length, q_rows, k_rows, q_programs,
                     k_programs, factor, q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, H: tl.constexpr,
                     GROUP: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
