@@ -1,12 +1,19 @@
-"""dense_attention against PyTorch's backends: error against exact attention, then microseconds a call.
+r"""dense_attention against PyTorch's backends: error against exact attention, then microseconds a call.
 
     python benchmarks/bench_attention.py --out results.jsonl [--sweep] [--dims 64,128] [--only 1,2048,2048,32,32,80,1]
 
 Bf16; q and k are [B, S, H, D] in memory, v is a view into the projection [B, S, H, 3 * D], as GPT-NeoX has it. A shape
 is batch, queries, keys, heads, key heads, head dim, whether it is causal.
 Times are medians of CUDA graphs, so without launches. `--sweep` tries configurations of Hopper's kernel, all for each
-of its own shapes, the less daring ones first, and goes on when one fails; 16 processes compile in advance. About four
-minutes for 64 lanes, two for 128, one for 80. `--dry` proves the script on a CPU, with TRITON_INTERPRET=1.
+of its own shapes, and goes on when one fails; 16 processes compile in advance. About three minutes for 64 lanes, two
+for 128, one for 80. `--dry` proves the script on a CPU, with TRITON_INTERPRET=1. `--profile 0` only launches the first
+of these configurations three times, for the profiler to look at the last one:
+
+    ncu -k kernel -s 2 -c 1 --section WarpStateStats --section SchedulerStats --metrics \
+        sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active,\
+        sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active,\
+        sm__inst_issued.avg.pct_of_peak_sustained_active,sm__cycles_elapsed.max,gpc__cycles_elapsed.avg.per_second \
+        python benchmarks/bench_attention.py --profile 0 --only 16,2048,2048,12,12,64,0
 """
 
 import argparse
@@ -39,8 +46,8 @@ SHAPES = [
 ]  # fmt: skip
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}  # flash sets the error allowed
 SWEPT = [
-    (16, 2048, 2048, 12, 12, 64, 0), (4, 4096, 4096, 12, 12, 64, 0), (8, 1024, 1024, 12, 12, 64, 0),
-    (4, 2048, 2048, 12, 12, 64, 0), (2, 2048, 2048, 8, 8, 64, 0), (4, 2048, 2048, 16, 16, 64, 1),
+    (16, 2048, 2048, 12, 12, 64, 0), (8, 1024, 1024, 12, 12, 64, 0), (2, 2048, 2048, 8, 8, 64, 0),
+    (4, 2048, 2048, 12, 12, 64, 0), (4, 4096, 4096, 12, 12, 64, 0), (4, 2048, 2048, 16, 16, 64, 1),
     (32, 512, 512, 12, 12, 64, 0), (8, 512, 512, 8, 8, 64, 0), (1, 1024, 1024, 8, 8, 64, 0),
     (1, 2048, 2048, 12, 12, 64, 1), (1, 1024, 1024, 12, 12, 64, 1), (1, 7800, 7800, 12, 12, 128, 0),
     (2, 1024, 1024, 24, 24, 128, 0), (4, 1024, 1024, 16, 16, 128, 1), (1, 32760, 512, 12, 12, 128, 0),
@@ -77,8 +84,9 @@ def ours(config: Any, tensors: tuple[Tensor, ...], causal: bool) -> Any:
     """A call of the op with this configuration only."""
     dim = tensors[0].shape[-1]
     on_hopper = isinstance(config, hopper.Config)
-    triton, other = op.TRITON[dim], (config, config) if on_hopper else (None, None)
-    with patch.dict(op.TRITON, {dim: triton if on_hopper else (config, config)}), patch.dict(op.HOPPER, {dim: other}):
+    triton = op.TRITON[dim] if on_hopper else (config, config)
+    other = (config, config) if on_hopper else (None, None)
+    with patch.dict(op.TRITON, {dim: triton}), patch.dict(op.HOPPER, {(dim, causal): other}):
         op._launches.clear()
         op._forward(*tensors, causal, dim**-0.5)
     launches = dict(op._launches)
@@ -96,23 +104,21 @@ def sdpa(backend: SDPBackend, tensors: tuple[Tensor, ...], causal: bool) -> Tens
         return F.scaled_dot_product_attention(*tensors, is_causal=causal, enable_gqa=grouped)
 
 
-def configurations(dim: int) -> list[Any]:
-    """Of Hopper's kernel, those without turns first: a group that waits for its turn for ever would end the sweep."""
+def configurations(shape: tuple[int, ...]) -> list[Any]:
+    """Of Hopper's kernel, in order of promise."""
+    dim, causal = shape[5], bool(shape[6])
     single = hopper.Config(1, 128, 2, maxnreg=128)
     pair = hopper.Config(2, 128, 2)
     one = pair._replace(programs=1)
-    both = [pair, one, pair._replace(turns=True), one._replace(turns=True), one._replace(turns=True, ahead=True)]
     if dim == 128:
-        three = hopper.Config(3, 64, 3, 160, programs=1, turns=True)
-        return [*both, one._replace(ahead=True), one._replace(block_n=64, stages=4, turns=True), three]
-    two = single._replace(programs=2)
-    found = [single, two, two._replace(ahead=True), *both]
-    if dim == 64:
-        triple = hopper.Config(1, 64, 4, maxnreg=80)
-        three = hopper.Config(3, 128, 2, 160)
-        found += [triple, triple._replace(programs=3, ahead=True), three, three._replace(turns=True)]
-        found += [three._replace(turns=True, programs=1, ahead=ahead, stages=3) for ahead in (False, True)]
-    return found
+        return [one._replace(turns=True), one, pair, pair._replace(turns=True)]
+    if dim == 80:
+        return [single, pair._replace(turns=True)]
+    three, narrow = hopper.Config(3, 128, 2, 160), hopper.Config(3, 64, 4, 160, programs=1, deep=True)
+    deep = one._replace(stages=3, deep=True)
+    found = [three._replace(stages=3, programs=1, turns=True), deep._replace(turns=True), three, deep, narrow]
+    found += [narrow._replace(stages=3, turns=True), one._replace(turns=True), single]
+    return [*found, hopper.Config(1, 64, 4, maxnreg=80)] if causal else found
 
 
 def compile_one(work: tuple[tuple[int, ...], Any]) -> None:
@@ -127,7 +133,7 @@ def compile_one(work: tuple[tuple[int, ...], Any]) -> None:
 
 def chosen(shape: tuple[int, ...]) -> list[Any]:
     """What the op may run."""
-    configs = [*op.HOPPER.get(shape[5], ()), *op.TRITON[shape[5]]]
+    configs = [*op.HOPPER.get((shape[5], bool(shape[6])), ()), *op.TRITON[shape[5]]]
     return [*dict.fromkeys(config for config in configs if config is not None)]
 
 
@@ -158,6 +164,14 @@ def measure(shape: tuple[int, ...], tried: list[Any], dry: bool, log: Log) -> No
         log.write(what="best", shape=shape, name=name, us=round(us[name], 1), tflops=round(useful / us[name] / 1e6))
 
 
+def profile(shape: tuple[int, ...], config: Any) -> None:
+    """Three launches: the profiler takes the last."""
+    call = ours(config, make(shape, "cuda"), bool(shape[6]))
+    for _ in range(2):  # `ours` has made the first
+        call()
+    torch.cuda.synchronize()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON lines are appended here")
@@ -165,17 +179,21 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="also try other configurations of Hopper's kernel")
     parser.add_argument("--dims", default="64,128,80", help="head dims of the sweep")
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU: proves the script, measures nothing")
+    parser.add_argument("--profile", type=int, help="only launch this configuration of the sweep")
     flags = parser.parse_args()
     log = Log(flags.out)
     shapes = [tuple(map(int, shape.split(","))) for shape in flags.only] if flags.only else SHAPES
+    if flags.profile is not None:
+        profile(shapes[0], configurations(shapes[0])[flags.profile])
+        return
     swept = [shape for shape in SWEPT if str(shape[5]) in flags.dims.split(",")]
     if flags.sweep:
         shapes = shapes if flags.only else swept
         with multiprocessing.get_context("spawn").Pool(1 if flags.dry else 16) as pool:
-            work = [(shape, config) for shape in shapes for config in configurations(shape[5])]
+            work = [(shape, config) for shape in shapes for config in configurations(shape)]
             pool.map(compile_one, [] if flags.dry else work, chunksize=1)
     for shape in shapes:
-        others = configurations(shape[5]) if flags.sweep else []
+        others = configurations(shape) if flags.sweep else []
         shape = (1, 150, 150, 2, 2, *shape[5:]) if flags.dry else shape
         tried = [config for config in chosen(shape) + others if not (flags.dry and isinstance(config, hopper.Config))]
         measure(shape, [*dict.fromkeys(tried)], flags.dry, log)

@@ -1,6 +1,7 @@
 """dequant_linear against fp16 cuBLAS, Inductor on the written-out dequantisation, and tinygemm.
 
-    bench_dequant_linear.py --shapes 2 --formats int8,int4_g128_zero --out results.jsonl  # 100 s on an H200
+    bench_dequant_linear.py --shapes 2 --formats int8,int4_g128_zero --rows 64,256 --out rows.jsonl  # 70 s on an H200
+    bench_dequant_linear.py --shapes 2 --formats int8,int4_g128_zero --out results.jsonl  # 140 s
     bench_dequant_linear.py --out results.jsonl                                # all formats and shapes, 500 s
     bench_dequant_linear.py --sweep --shapes 2 --formats int8,int4_g128_zero --out sweep.jsonl  # configurations, 150 s
     bench_dequant_linear.py --dry                                              # tiny, on a CPU; also with --sweep
@@ -28,10 +29,11 @@ from torch import Tensor
 
 from torch_fuse.kernels import _dequant_decode as decoding
 from torch_fuse.kernels import _dequant_rows as few
+from torch_fuse.kernels import _dequant_tiled as tiled
 from torch_fuse.kernels.packed_weight import Format, decode, weight_shape
 
 SHAPES = [(10240, 2560), (14336, 4096), (8192, 8192), (28672, 4096)]
-ROWS = [1, 8, 64, 512]
+ROWS = [64, 1, 8, 256, 512, 128]
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
        0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]  # fmt: skip
@@ -134,6 +136,8 @@ def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, dev
         }
         if few.supports(x, *weights[0], form) is None:
             variants["rows"] = lambda i, x=x: few.rows_linear(x, *weights[i], None, form)
+        if tiled.supports(x, *weights[0], form) is None and m >= 16:
+            variants["tiled"] = lambda i, x=x: tiled.tiled_linear(x, *weights[i], None, form)
         if decoding.supports(x, *weights[0], form) is None and m >= 16:
             variants["decode"] = lambda i, x=x: F.linear(x, decoding.decode_on_device(*weights[i], form, x.dtype))
         if packed and m <= 64:
@@ -149,6 +153,15 @@ CONFIGS = [few.Config(*each) for each in (
 )]  # fmt: skip
 
 
+TILED = {  # by rows of x; of 4-bit codes, steps have 64 bytes
+    64: ["64/2/1/1/128", "64/2/1/1/128/8/1", "64/4/1/3/128", "64/2/1/3/128", "64/1/2/1/128", "64/2/2/3/128",
+         "64/2/1/1/64", "64/4/1/1/128", "64/1/3/1/128"],
+    128: ["128/2/1/1/64", "128/4/1/3/64", "128/2/1/3/64", "128/1/2/1/64", "64/2/1/1/128", "64/4/1/1/128"],
+    256: ["256/2/1/1/64", "128/3/1/1/64", "128/2/1/1/64", "128/4/1/1/64", "256/1/1/1/64", "128/4/1/2/64"],
+    512: ["256/2/1/1/64", "128/3/1/1/64", "128/2/1/1/64", "128/4/1/1/64", "256/1/1/1/64"],
+}  # fmt: skip
+
+
 def sweep(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, device: str) -> None:
     form = formats(k)[name]
     count = 2 if dry else max(3, int(0.5e9 // (n * k * form.bits // 8)))
@@ -156,13 +169,24 @@ def sweep(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, devic
     exact_weight = decode(*weights[0], form._replace(compute="float32"), torch.float64)
     for m in rows:
         x = torch.randn(m, k, device=device).half()
-        if reason := few.supports(x, *weights[0], form):
-            log.write(what="not supported", reason=reason)
+        reasons = [module.supports(x, *weights[0], form) for module in (few, tiled)]
+        if None not in reasons:
+            log.write(what="not supported", reasons=reasons)
             continue
-        variants = {
-            "/".join(map(str, each)): lambda i, x=x, each=each: few.rows_linear(x, *weights[i], None, form, each)
-            for each in CONFIGS if not (m > 16 and each.block_n < 32)
-        }  # fmt: skip
+        variants: dict[str, Callable[[int], Any]] = {}
+        if reasons[0] is None and m <= 32:
+            variants |= {
+                "/".join(map(str, each)): lambda i, x=x, each=each: few.rows_linear(x, *weights[i], None, form, each)
+                for each in CONFIGS if not (m > 16 and each.block_n < 32)
+            }  # fmt: skip
+        if reasons[1] is None and m > 16:
+            texts = [text for size, some in TILED.items() if m <= size < 2 * m for text in some]
+            chosen = [tiled.Config(*map(int, text.split("/"))) for text in texts]
+            if form.bits == 4:  # 96 registers a thread are too few for 4 groups of 64 sums
+                chosen = [c for c in chosen if c.teams < 4 or c.block_m <= 64]
+            for each in dict.fromkeys(c._replace(tile=64) if form.bits == 4 else c for c in chosen):
+                variants["tiled/" + "/".join(map(str, each))] = lambda i, x=x, each=each: tiled.tiled_linear(
+                    x, *weights[i], None, form, each)  # fmt: skip
         start = time.perf_counter()
         with ThreadPoolExecutor(8) as pool:  # compiles; a failure is logged by `measure`
             for each in [pool.submit(call, 0) for call in variants.values()]:
@@ -188,7 +212,13 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     shapes = [(64, 256)] if options.dry else SHAPES[: options.shapes]
-    rows = [int(m) for m in options.rows.split(",")] if options.rows else [1, 8, 64] if options.sweep else ROWS
+    rows = (
+        [int(m) for m in options.rows.split(",")]
+        if options.rows
+        else [64, 1, 8, 256, 512, 128]
+        if options.sweep
+        else ROWS
+    )
     each = sweep if options.sweep else compare
     for (n, k), name in itertools.product(shapes, options.formats.split(",")):
         assert weight_shape(weight(name, formats(256)[name], 16, 256, device)[0], formats(256)[name]) == (16, 256)

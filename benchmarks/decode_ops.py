@@ -119,50 +119,57 @@ def _many(calls: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
     return calls * -(-24 // len(calls))
 
 
-def ops(log: Log, only: str | None, dry: bool, sweep: bool) -> None:
-    """Times each op next to Inductor's code for the same lines."""
+def ops(log: Log, only: str | None, dry: bool, sweep: bool, alone: bool) -> None:
+    """Times each op next to Inductor's code for the same lines, or alone, for one row."""
     device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.float16)
     models = ["tiny"] if dry else ["pythia-2.8b", "pythia-160m"]
-    for model, what in itertools.product(models, ("norm_linear", "linear_residual", "attention")):
+    for model, what in itertools.product(models, ("attention", "norm_linear", "linear_residual")):
         hidden, _, heads, inner = PYTHIA[model]
         if only not in (None, what):
             continue
         if what == "attention":
             for live, size in [(20, 32)] if dry else [(512, 1024), (1900, 2048)]:
                 make = lambda live=live, size=size: _attention(heads, hidden // heads, live, size, device, dtype)  # noqa: E731, B023
-                _measure(log, make(), sweep, what, name=model, live=live, size=size)
+                _measure(log, make(), sweep, alone, what, name=model, live=live, size=size)
             continue
         kind = _norm_linear if what == "norm_linear" else _linear_residual
-        for rows in (1, 2, 4, 8):
-            _measure(log, kind(hidden, inner, rows, device, dtype), sweep and rows == 1, what, name=model, rows=rows)
+        for rows in (1,) if alone else (1, 2, 4, 8):
+            _measure(log, kind(hidden, inner, rows, device, dtype), sweep and rows == 1, alone, what, name=model,
+                     rows=rows)  # fmt: skip
 
 
-def _measure(log: Log, case: Case, sweep: bool, what: str, **fields: Any) -> None:
+def _measure(log: Log, case: Case, sweep: bool, alone: bool, what: str, **fields: Any) -> None:
     ours, theirs, moved = case
-    try:
-        with torch.no_grad():
-            _agree(ours[0](), theirs[0]())
-            ways = {"op": _in_turn(ours), "inductor": _in_turn(theirs)}
-            EARLY[0] = True
-            _agree(ours[0](), theirs[0]())
-            ways["early"] = _in_turn(ours)
-            EARLY[0] = False
-            times = interleaved_ms(ways, 10)
-            count = len(_many(ours)) if torch.cuda.is_available() else 1
-            log.write(what=what, **fields, **_speeds(times, count, moved))
-    except Exception as problem:
-        EARLY[0] = False
-        log.write(what=what, **fields, problem=repr(problem)[:400])
-        return
-    for chosen in _configurations(what) if sweep else ():
+    others = {} if alone else {"inductor": theirs}
+    count = len(_many(ours)) if torch.cuda.is_available() else 1
+
+    def row(**chosen: Any) -> None:
         try:
             with torch.no_grad():
-                _agree(ours[0](), theirs[0]())
-                times = interleaved_ms({"op": _in_turn(ours)}, 10, rounds=1)
+                log.write(what=what, **fields, **chosen, **_speeds(_times(ours, theirs[0], others), count, moved))
         except Exception as problem:  # a tile that is too large
-            log.write(what=what, **fields, **chosen, problem=str(problem)[:100])
-            continue
-        log.write(what=what, **fields, **chosen, **_speeds(times, count, moved))
+            log.write(what=what, **fields, **chosen, problem=repr(problem)[:300])
+
+    row()
+    others = {}
+    for chosen in _configurations(what) if sweep else ():
+        row(**chosen)
+
+
+def _times(
+    ours: list[Callable[[], Any]], exact: Callable[[], Any], others: dict[str, list[Callable[[], Any]]]
+) -> dict[str, float]:
+    """The op's milliseconds, plain and with launches that begin early, and those of others."""
+    ways = {}
+    wanted = exact()
+    try:
+        for EARLY[0], name in ((True, "early"), (False, "op")):
+            _agree(ours[0](), wanted)
+            ways[name] = _in_turn(ours)
+    finally:
+        EARLY[0] = False
+    ways |= {name: _in_turn(calls) for name, calls in others.items()}
+    return interleaved_ms(ways, 10, rounds=3 if others else 2)
 
 
 def _agree(found: Any, wanted: Any) -> None:
@@ -189,9 +196,11 @@ def _configurations(what: str) -> Iterator[dict[str, int]]:
     if what == "norm_linear":
         before = norm_linear.config
         tried: list[Any] = [
-            norm_linear.Config(4, 4, 264, 3), norm_linear.Config(2, 2), norm_linear.Config(2, 4, 396, 4),
-            norm_linear.Config(4, 8, 264, 3), norm_linear.Config(2, 4), norm_linear.Config(2, 4, 528, 4),
-            norm_linear.Config(4, 4, 396, 2), norm_linear.Config(8, 4), norm_linear.Config(1, 2),
+            norm_linear.Config(4, 4, 264, 3), norm_linear.Config(8, 4, maxnreg=168), norm_linear.Config(4, 4, 396, 3),
+            norm_linear.Config(4, 4),
+            norm_linear.Config(2, 4), norm_linear.Config(8, 8), norm_linear.Config(4, 4, 264, 4),
+            norm_linear.Config(2, 2), norm_linear.Config(8, 8, 264, 2), norm_linear.Config(2, 4, maxnreg=64),
+            norm_linear.Config(2, 4, 528, 4), norm_linear.Config(8, 8, maxnreg=80),
         ]  # fmt: skip
         for chosen in tried:
             norm_linear.config = lambda *_, c=chosen: c
@@ -200,20 +209,18 @@ def _configurations(what: str) -> Iterator[dict[str, int]]:
     elif what == "linear_residual":
         before = residual.config
         tried = [
-            residual.Config(2, 512, 4, 3), residual.Config(2, 512, 4, 7), residual.Config(2, 1024, 4, 4),
-            residual.Config(2, 1024, 8, 4), residual.Config(1, 1024, 4, 4), residual.Config(4, 512, 4, 4),
-            residual.Config(2, 512, 2, 5), residual.Config(1, 1024, 2, 4), residual.Config(1, 2048, 4, 3),
+            residual.Config(2, 0, 8, 0), residual.Config(1, 0, 4, 0), residual.Config(1, 0, 16, 0),
+            residual.Config(2, 0, 16, 0), residual.Config(2, 512, 4, 5), residual.Config(2, 1024, 4, 4),
+            residual.Config(1, 2048, 4, 3), residual.Config(2, 2048, 8, 3), residual.Config(4, 0, 16, 0),
         ]  # fmt: skip
         for chosen in tried:
             residual.config = lambda *_, c=chosen: c
             yield chosen._asdict()
         residual.config = before
     else:
-        before = attention.BLOCK_N, attention.NUM_WARPS, attention.STAGES, attention.PROGRAMS
-        for chosen in (
-            (64, 4, 3, 528), (64, 4, 2, 264), (32, 4, 3, 528), (128, 8, 3, 32), (64, 8, 4, 32), (64, 4, 3, 128),
-            (32, 2, 4, 528), (64, 2, 3, 264),
-        ):  # fmt: skip
-            attention.BLOCK_N, attention.NUM_WARPS, attention.STAGES, attention.PROGRAMS = chosen
-            yield dict(zip(("block_n", "num_warps", "stages", "programs"), chosen, strict=True))
-        attention.BLOCK_N, attention.NUM_WARPS, attention.STAGES, attention.PROGRAMS = before
+        names = ("BLOCK_N", "NUM_WARPS", "PROGRAMS")
+        before = [getattr(attention, name) for name in names]
+        for chosen in ((64, 4, 528), (32, 4, 1056), (128, 8, 528), (128, 4, 528), (32, 2, 2112), (64, 8, 1056), before):
+            for name, value in zip(names, chosen, strict=True):
+                setattr(attention, name, value)
+            yield dict(zip(names, chosen, strict=True))

@@ -2,13 +2,17 @@
 
 # ruff: noqa: RUF005 (Gluon has no starred lists)
 
+from ._hopper_flash_softmax import add_before, decayed, masked, shifted, weights
 from ._hopper_flash_tiles import (
+    FIRST_NAME,
     MISSING,
+    arrive,
     barrier_ring,
     fence_async_shared,
     gl,
     gluon,
     mbarrier,
+    meet,
     next_stage,
     place,
     produce,
@@ -33,19 +37,6 @@ def _multiply_scores(q1, q2, k1_s, k2_s, stage, layout: gl.constexpr, D1: gl.con
 
 
 @gluon.jit
-def _weights(s, top, log2_scale):
-    """exp(scores - largest), in fp32: one rounding, large scores lose nothing; and the largest, scaled."""
-    shift = gl.where(top == -float("inf"), 0.0, top * log2_scale)  # no inf - inf before the first score
-    return gl.exp2(gl.fma(s, log2_scale, -shift[:, None])), shift
-
-
-@gluon.jit
-def _sums(p, N: gl.constexpr):
-    """Of each row four sums, each of one thread's columns: the threads add theirs up once, at the end."""
-    return gl.sum(gl.sum(p.reshape([64, N // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
 def _store(at, acc, inverse, first, q_length, H: gl.constexpr, FROM: gl.constexpr, LANES: gl.constexpr,
            D: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """Lanes FROM to FROM + LANES of 64 rows of the result."""
@@ -58,16 +49,16 @@ def _store(at, acc, inverse, first, q_length, H: gl.constexpr, FROM: gl.constexp
 @gluon.jit
 def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: gl.constexpr, CAUSAL: gl.constexpr,
              D1: gl.constexpr, D2: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-             TURNS: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
+             TURNS: gl.constexpr, DEEP: gl.constexpr):  # fmt: skip
     """64 queries of one item after the other against all their keys.
 
     TURNS: the groups start their products in turn, so that one's exponentials run under the others' products.
-    AHEAD: the first scores of the next item are multiplied under the end of this one.
+    DEEP: the scores of a tile are multiplied under the exponentials of the tile before.
 
     That nobody waits for ever is proved in docs/notes/attention.md.
     """
     q1_s, q2_s, k1_s, k2_s, v1_s, v2_s = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = barriers
+    q_full, q_empty, k_full, v_full = barriers
     first_item, items, step, batch, q_length, length, together = sizes
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     layout1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D1, 16])
@@ -75,10 +66,12 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
     p_layout1: gl.constexpr = gl.DotOperandLayout(0, layout1, 2)
     p_layout2: gl.constexpr = gl.DotOperandLayout(0, layout2, 2)
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-    rows1: gl.constexpr = gl.SliceLayout(1, layout1)
-    rows2: gl.constexpr = gl.SliceLayout(1, layout2)
     dtype: gl.constexpr = v1_s.dtype
     PRODUCTS: gl.constexpr = 2 if D2 > 0 else 1  # one for each part of the lanes
+    THREADS: gl.constexpr = 128 * GROUPS + 32
+    K_EMPTY: gl.constexpr = FIRST_NAME
+    V_EMPTY: gl.constexpr = FIRST_NAME + STAGES
+    TURN: gl.constexpr = FIRST_NAME + 2 * STAGES
     col = gl.arange(0, N, gl.SliceLayout(0, s_layout))
     q1 = q1_s.index(GROUP).reshape([64, D1])
     q2 = q1
@@ -89,33 +82,39 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
     v_stage = 0
     v_phase = 0
     q_phase = 0
-    turn_phase = 1 if GROUP == 0 else 0  # the first turn is the first group's
-    if AHEAD:
-        mbarrier.wait(q_full.index(GROUP), q_phase)
-        q_phase ^= 1
-        mbarrier.wait(k_full.index(k_stage), k_phase)
-        s = warpgroup_mma_wait(0, deps=[_multiply_scores(q1, q2, k1_s, k2_s, k_stage, s_layout, D1, D2, N)])
-        mbarrier.arrive(k_empty.index(k_stage), count=1)
-        k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
+    for i in gl.static_range(2 * STAGES):
+        arrive(FIRST_NAME + i, THREADS, 4)
+    if TURNS and GROUP == GROUPS - 1:
+        arrive(TURN, 256, 4)
     for item in range(first_item, items, step):
         b, h, tile, tiles = place(item, batch, q_length, length, together, H, CAUSAL, GROUPS, N)
         first = (tile * GROUPS + GROUP) * 64
         index = first + gl.arange(0, 64, rows)
-        if not AHEAD:
-            mbarrier.wait(q_full.index(GROUP), q_phase)
-            q_phase ^= 1
-            mbarrier.wait(k_full.index(k_stage), k_phase)
-            s = warpgroup_mma_wait(0, deps=[_multiply_scores(q1, q2, k1_s, k2_s, k_stage, s_layout, D1, D2, N)])
-            mbarrier.arrive(k_empty.index(k_stage), count=1)
-            k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
+        mbarrier.wait(q_full.index(GROUP), q_phase)
+        mbarrier.wait(k_full.index(k_stage), k_phase)
+        s = warpgroup_mma_wait(0, deps=[_multiply_scores(q1, q2, k1_s, k2_s, k_stage, s_layout, D1, D2, N)])
+        arrive(K_EMPTY + k_stage, THREADS, 4)
+        k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
         key = (tiles - 1) * N + col
         if CAUSAL:
             s = gl.where((key[None, :] < length) & (key[None, :] <= index[:, None]), s, -float("inf"))
         elif tiles * N > length:
             s = gl.where(key[None, :] < length, s, -float("inf"))
-        top = gl.max(s, 1)
-        p, shift = _weights(s, top, log2_scale)
-        total = _sums(p, N)
+        x, shift, decay = shifted(s, gl.full([64], -float("inf"), gl.float32, rows), log2_scale, N)
+        if DEEP:
+            mbarrier.wait(k_full.index(k_stage), k_phase, pred=tiles > 1)
+            # Of the last tile on, these are of keys that nobody needs: a product must not depend on a condition.
+            scores = _multiply_scores(q1, q2, k1_s, k2_s, k_stage, s_layout, D1, D2, N)
+        p, total = weights(x, N)
+        if DEEP:
+            total = add_before(gl.zeros_like(total), decay, total)
+            s = warpgroup_mma_wait(0, deps=[scores])
+            if tiles > 1:
+                arrive(K_EMPTY + k_stage, THREADS, 4)
+                k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
+            if CAUSAL and GROUPS * 64 > N:
+                s = masked(s, tiles, 1, first, index, col, N)
+            x, shift, decay = shifted(s, shift, log2_scale, N)
         p1 = gl.convert_layout(p.to(dtype), p_layout1)
         p2 = p1
         acc1 = gl.zeros([64, D1], gl.float32, layout=layout1)
@@ -123,78 +122,72 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
             acc2 = gl.zeros([64, D2], gl.float32, layout=layout2)
             p2 = gl.convert_layout(p.to(dtype), p_layout2)
         for t in range(1, tiles):
+            mbarrier.wait(k_full.index(k_stage), k_phase, pred=not DEEP or t + 1 < tiles)
             mbarrier.wait(v_full.index(v_stage), v_phase)
-            mbarrier.wait(k_full.index(k_stage), k_phase)
             if TURNS:
-                mbarrier.wait(turn.index(GROUP), turn_phase)
-                turn_phase ^= 1
+                meet(TURN + GROUP, 256, 4)
             scores = _multiply_scores(q1, q2, k1_s, k2_s, k_stage, s_layout, D1, D2, N)
             sums1 = warpgroup_mma(p1, v1_s.index(v_stage).reshape([N, D1]), acc1, is_async=True)
             if D2 > 0:
                 sums2 = warpgroup_mma(p2, v2_s.index(v_stage).reshape([N, D2]), acc2, is_async=True)
             if TURNS:
-                mbarrier.arrive(turn.index((GROUP + 1) % GROUPS), count=1)
-            s = warpgroup_mma_wait(PRODUCTS, deps=[scores])
-            mbarrier.arrive(k_empty.index(k_stage), count=1)
-            k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
-            if CAUSAL and GROUPS * 64 > N:  # noqa: SIM102 (known when it is compiled)
-                if (tiles - t) * N > first + 1:
-                    s = gl.where(((tiles - 1 - t) * N + col)[None, :] <= index[:, None], s, -float("inf"))
-            new_top = gl.maximum(top, gl.max(s, 1))
-            p, shift = _weights(s, new_top, log2_scale)
-            decay = gl.exp2(gl.fma(top, log2_scale, -shift))
-            sums = _sums(p, N)
-            total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None] + sums
-            top = new_top
-            # Met since the item began. Without a branch here ptxas moves the products' end before the exponentials.
-            mbarrier.wait(q_full.index(GROUP), q_phase ^ 1)
+                arrive(TURN + (GROUP + 1) % GROUPS, 256, 4)
+            if not DEEP:
+                s = warpgroup_mma_wait(PRODUCTS, deps=[scores])
+                arrive(K_EMPTY + k_stage, THREADS, 4)
+                k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
+                if CAUSAL and GROUPS * 64 > N:
+                    s = masked(s, tiles, t, first, index, col, N)
+                x, shift, decay = shifted(s, shift, log2_scale, N)
+            p, sums = weights(x, N)
+            total = add_before(total, decay, sums)
+            if DEEP:
+                s = warpgroup_mma_wait(0, deps=[scores])
             if D2 > 0:
                 acc1, acc2, p1, p2 = warpgroup_mma_wait(0, deps=[sums1, sums2, p1, p2])
-                acc2 = acc2 * gl.convert_layout(decay, rows2)[:, None]
+                acc2 = decayed(acc2, decay, D2 // 2)
                 p2 = gl.convert_layout(p.to(dtype), p_layout2)
             else:
                 acc1, p1 = warpgroup_mma_wait(0, deps=[sums1, p1])
-            mbarrier.arrive(v_empty.index(v_stage), count=1)
+            arrive(V_EMPTY + v_stage, THREADS, 4)
             v_stage, v_phase = next_stage(v_stage, v_phase, STAGES)
-            acc1 = acc1 * gl.convert_layout(decay, rows1)[:, None]
             p1 = gl.convert_layout(p.to(dtype), p_layout1)
+            acc1 = decayed(acc1, decay, D1 // 2)
+            if DEEP:
+                if t + 1 < tiles:
+                    arrive(K_EMPTY + k_stage, THREADS, 4)
+                    k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
+                if CAUSAL and GROUPS * 64 > N:
+                    s = masked(s, tiles, t + 1, first, index, col, N)
+                x, shift, decay = shifted(s, shift, log2_scale, N)
+        q_phase ^= 1
         mbarrier.arrive(q_empty.index(GROUP), count=1)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         sums1 = warpgroup_mma(p1, v1_s.index(v_stage).reshape([N, D1]), acc1, is_async=True)
         if D2 > 0:
             sums2 = warpgroup_mma(p2, v2_s.index(v_stage).reshape([N, D2]), acc2, is_async=True)
         inverse = gl.convert_layout(1.0 / gl.sum(total, 1), rows)
-        if AHEAD:
-            more = item + step < items
-            if more:
-                mbarrier.wait(q_full.index(GROUP), q_phase)
-                mbarrier.wait(k_full.index(k_stage), k_phase)
-            q_phase ^= 1
-            # After the last item, of tiles that nobody needs: a product must not depend on a condition.
-            scores = _multiply_scores(q1, q2, k1_s, k2_s, k_stage, s_layout, D1, D2, N)
         if D2 > 0:
-            acc1, acc2, p1, p2 = warpgroup_mma_wait(PRODUCTS if AHEAD else 0, deps=[sums1, sums2, p1, p2])
+            acc1, acc2, p1, p2 = warpgroup_mma_wait(0, deps=[sums1, sums2, p1, p2])
         else:
-            acc1, p1 = warpgroup_mma_wait(PRODUCTS if AHEAD else 0, deps=[sums1, p1])
-        mbarrier.arrive(v_empty.index(v_stage), count=1)
+            acc1, p1 = warpgroup_mma_wait(0, deps=[sums1, p1])
+        arrive(V_EMPTY + v_stage, THREADS, 4)
         v_stage, v_phase = next_stage(v_stage, v_phase, STAGES)
         at = out + (b.to(gl.int64) * q_length * H + h) * (D1 + D2)
         if D2 > 0:
             _store(at, acc2, inverse, first, q_length, H, D1, D2, D1 + D2, dtype, layout2)
         _store(at, acc1, inverse, first, q_length, H, 0, D1, D1 + D2, dtype, layout1)
-        if AHEAD:
-            s = warpgroup_mma_wait(0, deps=[scores])
-            mbarrier.arrive(k_empty.index(k_stage), count=1, pred=more)
-            k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
+    if TURNS and GROUP == 0:
+        meet(TURN, 256, 4)
 
 
 @gluon.jit
 def _work(ROLE: gl.constexpr, tensors, out, log2_scale, buffers, barriers, sizes, H: gl.constexpr,
           HEADS_OF_KEY: gl.constexpr, CAUSAL: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, GROUPS: gl.constexpr,
-          N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
+          N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, DEEP: gl.constexpr):  # fmt: skip
     """What a group of warps does."""
     if ROLE < GROUPS:
-        _consume(ROLE, out, log2_scale, buffers, barriers, sizes, H, CAUSAL, D1, D2, GROUPS, N, STAGES, TURNS, AHEAD)
+        _consume(ROLE, out, log2_scale, buffers, barriers, sizes, H, CAUSAL, D1, D2, GROUPS, N, STAGES, TURNS, DEEP)
     else:
         produce(tensors, buffers, barriers, sizes, H, HEADS_OF_KEY, CAUSAL, D2, GROUPS, N, STAGES)
 
@@ -203,7 +196,7 @@ def _work(ROLE: gl.constexpr, tensors, out, log2_scale, buffers, barriers, sizes
 def kernel(q1, q2, k1, k2, v1, v2, out, batch, q_length, length, log2_scale, together, H: gl.constexpr,
            HEADS_OF_KEY: gl.constexpr, CAUSAL: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
            GROUPS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-           TURNS: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
+           TURNS: gl.constexpr, DEEP: gl.constexpr):  # fmt: skip
     """Tiles of 64 * GROUPS queries of one head each, one after the other."""
     items = gl.cdiv(q_length, 64 * GROUPS) * batch * H
     first_item = gl.program_id(0)
@@ -217,19 +210,21 @@ def kernel(q1, q2, k1, k2, v1, v2, out, batch, q_length, length, log2_scale, tog
         q2_s = gl.allocate_shared_memory(q1.dtype, [GROUPS] + q2.block_type.shape, q2.layout)
         k2_s = gl.allocate_shared_memory(q1.dtype, [STAGES] + k2.block_type.shape, k2.layout)
         v2_s = gl.allocate_shared_memory(q1.dtype, [STAGES] + v2.block_type.shape, v2.layout)
-    q_full, q_empty, turn = barrier_ring(GROUPS, 1), barrier_ring(GROUPS, 1), barrier_ring(GROUPS, 1)
+    gl.static_assert(FIRST_NAME + 2 * STAGES + (GROUPS if TURNS else 0) <= 16, "a processor has 16 barriers")
+    gl.static_assert(GROUPS > 1 or not TURNS, "a group of its own has no turns")
+    gl.static_assert(STAGES > 1 or not DEEP, "values of a tile behind keys two tiles later")
+    q_full, q_empty = barrier_ring(GROUPS, 1), barrier_ring(GROUPS, 1)
     k_full, v_full = barrier_ring(STAGES, 1), barrier_ring(STAGES, 1)
-    k_empty, v_empty = barrier_ring(STAGES, GROUPS), barrier_ring(STAGES, GROUPS)
     fence_async_shared()
 
     buffers = (q1_s, q2_s, k1_s, k2_s, v1_s, v2_s)
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turn)
+    barriers = (q_full, q_empty, k_full, v_full)
     tensors = (q1, q2, k1, k2, v1, v2)
     sizes = (first_item, items, step, batch, q_length, length, together)
     gl.warp_specialize(
         [
             (_work, (role, tensors, out, log2_scale, buffers, barriers, sizes, H, HEADS_OF_KEY, CAUSAL, D1, D2, GROUPS,
-                     N, STAGES, TURNS, AHEAD))
+                     N, STAGES, TURNS, DEEP))
             for role in (0, 1, 2, 3)[: GROUPS + 1]
         ],
         [4] * (GROUPS - 1) + [1],

@@ -13,13 +13,16 @@ try:
 
     # Triton 3.6 calls it async_copy_global_to_shared; later versions keep that name only to refuse it.
     async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    FIRST_NAME = gl.constexpr(6)  # of 16 barriers in hardware; Triton's roles use those before
     MISSING = ""
 except ImportError as error:  # no Triton, or one before or after this language
     from ._ops import tl as gl
     from ._ops import triton as gluon
 
-    fence_async_shared = mbarrier = warpgroup_mma = warpgroup_mma_wait = async_load = None
+    fence_async_shared = mbarrier = warpgroup_mma = warpgroup_mma_wait = async_load = FIRST_NAME = None
     MISSING = f"Triton's Gluon language is not there: {error}"
+
+constexpr_function = getattr(gluon, "constexpr_function", gluon.jit)
 
 
 @gluon.jit
@@ -55,11 +58,11 @@ def produce(tensors, buffers, barriers, sizes, H: gl.constexpr, HEADS_OF_KEY: gl
     q1, q2, k1, k2, v1, v2 = tensors
     first_item, items, step, batch, q_length, length, together = sizes
     q1_s, q2_s, k1_s, k2_s, v1_s, v2_s = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _ = barriers
+    q_full, q_empty, k_full, v_full = barriers
+    THREADS: gl.constexpr = 128 * GROUPS + 32
     q_bytes: gl.constexpr = q1.block_type.nbytes + (q2.block_type.nbytes if D2 > 0 else 0)
     k_bytes: gl.constexpr = k1.block_type.nbytes + (k2.block_type.nbytes if D2 > 0 else 0)
     stage = 0
-    phase = 1
     q_phase = 1
     for item in range(first_item, items, step):
         b, h, tile, tiles = place(item, batch, q_length, length, together, H, CAUSAL, GROUPS, N)
@@ -74,17 +77,35 @@ def produce(tensors, buffers, barriers, sizes, H: gl.constexpr, HEADS_OF_KEY: gl
         q_phase ^= 1
         for t in range(tiles):
             row = (tiles - 1 - t) * N
-            mbarrier.wait(k_empty.index(stage), phase)
+            meet(FIRST_NAME + stage, THREADS, 1)
             mbarrier.expect(k_full.index(stage), k_bytes)
             async_load(k1, [b, kv, row, 0], k_full.index(stage), k1_s.index(stage))
             if D2 > 0:
                 async_load(k2, [b, kv, row, 0], k_full.index(stage), k2_s.index(stage))
-            mbarrier.wait(v_empty.index(stage), phase)
+            meet(FIRST_NAME + STAGES + stage, THREADS, 1)
             mbarrier.expect(v_full.index(stage), k_bytes)
             async_load(v1, [b, kv, row, 0], v_full.index(stage), v1_s.index(stage))
             if D2 > 0:
                 async_load(v2, [b, kv, row, 0], v_full.index(stage), v2_s.index(stage))
-            stage, phase = next_stage(stage, phase, STAGES)
+            stage = (stage + 1) % STAGES
+    for i in gl.static_range(2 * STAGES):  # what the groups gave back last
+        meet(FIRST_NAME + i, THREADS, 1)
+
+
+@gluon.jit
+def meet(name, THREADS: gl.constexpr, WARPS: gl.constexpr):
+    """Waits until so many threads, its own among them, are at a barrier of the processor's (FIRST_NAME to 15)."""
+    each = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0])) * 0
+    gl.inline_asm_elementwise("bar.sync $1, $2; mov.b32 $0, 0;", "=r,r,r", [each + name, each + THREADS], gl.int32,
+                              is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def arrive(name, THREADS: gl.constexpr, WARPS: gl.constexpr):
+    """Is counted by such a barrier without waiting: of `mbarrier.arrive` the warps of a group wait for each other."""
+    each = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0])) * 0
+    gl.inline_asm_elementwise("bar.arrive $1, $2; mov.b32 $0, 0;", "=r,r,r", [each + name, each + THREADS], gl.int32,
+                              is_pure=False, pack=1)  # fmt: skip
 
 
 @gluon.jit

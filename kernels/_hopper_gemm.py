@@ -20,7 +20,8 @@ from torch import Tensor
 from ._hopper_flash_tiles import MISSING, gl
 from ._hopper_gemm_kernel import kernel
 
-__all__ = ["CONFIGS", "MISSING", "Config", "call", "cannot_read", "config", "descriptor", "kernel", "stages_that_fit"]
+__all__ = ["CONFIGS", "MISSING", "Config", "call", "cannot_read", "config", "descriptor", "kernel", "ring",
+           "stages_that_fit"]  # fmt: skip
 
 BLOCK_K, PART = 64, 64
 SHARED = 227 << 10  # bytes of shared memory that a program may have
@@ -37,13 +38,13 @@ class Config(NamedTuple):
     together: int = 8
 
 
-# With the part of the tensor cores' rate that is expected of each: not measured yet.
+# With the part of a full rate that each reaches where it fills the GPU (benchmarks/results/linear_skip_hopper.jsonl).
 CONFIGS = {
-    Config(64, 256, 4): 0.9,
-    Config(128, 128, 5, True): 0.8,
-    Config(64, 128, 6): 0.7,
-    Config(64, 128, 7, True): 0.65,
-    Config(64, 64, 8, True): 0.5,
+    Config(64, 256, 4): 0.87,
+    Config(128, 128, 5, True): 0.88,
+    Config(64, 128, 6): 0.9,
+    Config(64, 128, 7, True): 0.8,
+    Config(64, 64, 8, True): 0.6,
 }
 
 
@@ -64,6 +65,11 @@ def config(rows: int, columns: int, itemsize: int, skip: bool, keep: bool, lanes
     return None if best is None else best[1]
 
 
+def ring(block_n: int, skip: bool) -> int:
+    """Places of a group for parts of the result: all have x's part in theirs, without x they take turns."""
+    return block_n // PART if skip else min(2, block_n // PART)
+
+
 def stages_that_fit(how: Config, itemsize: int, skip: bool, keep: bool, lanes: int) -> int:
     """The steps that fit in shared memory, up to the configured ones.
 
@@ -75,7 +81,7 @@ def stages_that_fit(how: Config, itemsize: int, skip: bool, keep: bool, lanes: i
         lanes: vectors over the columns, at least 1.
     """
     step = 2 * BLOCK_K * (how.block_m * (1 if how.ping_pong else 2) + how.block_n)
-    parts = how.block_n // PART if skip else 2
+    parts = ring(how.block_n, skip)
     fixed = 2 * how.block_m * PART * (parts * itemsize + (2 if keep else 0)) + lanes * how.block_n * 8 + 512
     return min(how.stages, (SHARED - fixed) // step)
 
@@ -131,7 +137,7 @@ def call(how: Config, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor 
     constants = {
         "N": columns, "K": int(inner), "A": kinds[0], "B": kinds[1], "MODE": mode, "ONE_A": numbers[0] == 1,
         "ONE_B": numbers[1] == 1, "W_ROWS": w_rows, "PING_PONG": how.ping_pong, "BLOCK_M": how.block_m,
-        "BLOCK_N": how.block_n, "BLOCK_K": BLOCK_K, "PART": PART, "RING": 2 if x is None else how.block_n // PART,
+        "BLOCK_N": how.block_n, "BLOCK_K": BLOCK_K, "PART": PART, "RING": ring(how.block_n, x is not None),
         "STAGES": how.stages, "TOGETHER": how.together, "num_warps": 4,
     }  # fmt: skip
     tiles = -(-rows // (how.block_m * (1 if how.ping_pong else 2))) * -(-columns // how.block_n)

@@ -116,8 +116,8 @@ def _finish_part(acc, FIRST: gl.constexpr, m, n, tensors, strides, numbers, of_a
                 acc = _towards(skip, acc, mix, MODE == "lerp")
             else:
                 acc = _towards(acc, skip, mix, MODE == "lerp_back")
-    if x is None:  # the place is free when the store from it has read it
-        tma.store_wait((RING - 1) * (1 if linear is None else 2))
+    if x is None:  # the place is free when the store from it has read it: RING parts ago, the last with its product
+        tma.store_wait(RING - 1 if linear is None else 2 * RING - 1)
         synchronize()
     place.store(acc.to(out.dtype))
     fence_async_shared()

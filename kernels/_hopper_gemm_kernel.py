@@ -39,6 +39,18 @@ def _skip_tile(stage, phase, STEPS: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _stage_before(stage, STAGES: gl.constexpr):
+    """The place in the ring before this one.
+
+    Not kept in a variable of the loop: `last = stage` before a loop and in it is the same value to Triton's search for
+    what a loop carries, which then takes `last` for one that no step changes.
+    """
+    if stage == 0:
+        stage += STAGES
+    return stage - 1
+
+
+@gluon.jit
 def _produce(y, w, x, places, barriers, items, rows, N: gl.constexpr, STEPS: gl.constexpr, W_ROWS: gl.constexpr,
              PING_PONG: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
              PART: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr):  # fmt: skip
@@ -121,7 +133,6 @@ def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, i
         if B == "lane":
             b_lanes = per_lane(b, strides[5], n, BLOCK_N, N)
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=layout)
-        last = stage
         if PING_PONG:
             # Until the other group has seen its last step, a stage's barrier may be two rounds behind, and then its
             # parity says that the step has come.
@@ -135,8 +146,7 @@ def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, i
                 right = right.permute((1, 0))
             acc = warpgroup_mma(left, right, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
-            mbarrier.arrive(empty.index(last), count=1, pred=k > 0)
-            last = stage
+            mbarrier.arrive(empty.index(_stage_before(stage, STAGES)), count=1, pred=k > 0)
             stage, phase = next_stage(stage, phase, STAGES)
             if k == FREED:
                 if bias is not None:
@@ -152,7 +162,7 @@ def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, i
         if PING_PONG:
             mbarrier.arrive(turn.index(1 - GROUP), count=1)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(last), count=1)
+        mbarrier.arrive(empty.index(_stage_before(stage, STAGES)), count=1)
         if PING_PONG:
             stage, phase = _skip_tile(stage, phase, STEPS, STAGES)
         if x is not None:

@@ -10,16 +10,19 @@ from ._ops import tl, triton
 @triton.jit
 def _normalised(x, k, scale, shift, eps, offset, K: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
                 SHIFTED: tl.constexpr):  # fmt: skip
-    """One row in fp32, normalised; zeros past its end. scale and shift are there already."""
+    """One row in fp32, normalised; zeros past its end.
+
+    The weights, asked for before, are on their way from memory for longer than scale and shift from the cache.
+    """
     y = tl.load(x + k, k < K, other=0.0).to(tl.float32)
     if NORM == "layer":
         y = tl.where(k < K, y - tl.sum(y, 0) / K, 0.0)
     if NORM != "none":
         y = y * tl.rsqrt(tl.sum(y * y, 0) / K + eps)
     if SCALED:
-        y = y * (scale.to(tl.float32) + offset)
+        y = y * (tl.load(scale + k, k < K, other=0.0).to(tl.float32) + offset)
     if SHIFTED:
-        y = y + shift.to(tl.float32)
+        y = y + tl.load(shift + k, k < K, other=0.0).to(tl.float32)
     return y
 
 
@@ -60,30 +63,27 @@ def _share(first, programs, x, weight, bias, other, other_bias, scale, shift, ou
            EARLY: tl.constexpr):  # fmt: skip
     """A program's share of one weight: the blocks first, first + programs, ...
 
-    All that does not depend on x is asked for before the norm: one wait for the memory, not three.
+    The first weights are asked for before the norm, which takes less than their way from memory.
     """
     k, col = tl.arange(0, KP), tl.arange(0, BLOCK_N)
     n = first * BLOCK_N + col
-    scales = k.to(x.dtype.element_ty)
-    shifts = scales
-    if STAGES <= 1:
+    if STAGES == 1:
         tile = _tile(weight, n, k, N, K)
         gate_tile = tile
         if GATED:
             gate_tile = _tile(other, n, k, N, K)
         added, gate_added = _bias(bias, n, N, BIASED), _bias(other_bias, n, N, OTHER_BIASED)
-    if SCALED:
-        scales = tl.load(scale + k, k < K, other=0.0)
-    if SHIFTED:
-        shifts = tl.load(shift + k, k < K, other=0.0)
     if EARLY and STAGES > 1:
         read_ahead(weight + n.to(tl.int64) * K, weight + N.to(tl.int64) * K, AHEAD, LINES)
         if GATED:
             read_ahead(other + n.to(tl.int64) * K, other + N.to(tl.int64) * K, AHEAD, LINES)
-    wait_for_inputs(EARLY)
-    y0 = _normalised(x, k, scales, shifts, eps, offset, K, NORM, SCALED, SHIFTED)
+    if EARLY:
+        wait_for_inputs(EARLY)
+    elif STAGES == 1:
+        tl.debug_barrier()  # or else the compiler asks for the weights behind the norm
+    y0 = _normalised(x, k, scale, shift, eps, offset, K, NORM, SCALED, SHIFTED)
     if STAGES == 1:
-        _block(n, tile, gate_tile, added, gate_added, y0, x, scales, shifts, out, N, k, eps, offset, M, K, NORM,
+        _block(n, tile, gate_tile, added, gate_added, y0, x, scale, shift, out, N, k, eps, offset, M, K, NORM,
                SCALED, SHIFTED, GATED, ACTIVATION)  # fmt: skip
     elif STAGES == 0:  # as the last, for the interpreter: Triton 3.6's cannot take a range's bounds from NumPy 2.5
         block = first
@@ -94,7 +94,7 @@ def _share(first, programs, x, weight, bias, other, other_bias, scale, shift, ou
             if GATED:
                 gate_tile = _tile(other, n, k, N, K)
             added, gate_added = _bias(bias, n, N, BIASED), _bias(other_bias, n, N, OTHER_BIASED)
-            _block(n, tile, gate_tile, added, gate_added, y0, x, scales, shifts, out, N, k, eps, offset, M, K, NORM,
+            _block(n, tile, gate_tile, added, gate_added, y0, x, scale, shift, out, N, k, eps, offset, M, K, NORM,
                    SCALED, SHIFTED, GATED, ACTIVATION)  # fmt: skip
             block += programs
     else:
@@ -105,7 +105,7 @@ def _share(first, programs, x, weight, bias, other, other_bias, scale, shift, ou
             gate_tile = tile
             if GATED:
                 gate_tile = _tile(other, n, k, N, K)
-            _block(n, tile, gate_tile, added, gate_added, y0, x, scales, shifts, out, N, k, eps, offset, M, K, NORM,
+            _block(n, tile, gate_tile, added, gate_added, y0, x, scale, shift, out, N, k, eps, offset, M, K, NORM,
                    SCALED, SHIFTED, GATED, ACTIVATION)  # fmt: skip
 
 

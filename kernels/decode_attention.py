@@ -7,7 +7,8 @@
 The mask decides what is attended to, whatever it means; keys before the first and behind the last that it keeps are not
 read, so a step costs the tokens that are in the cache, not its size. All is decided on the device: the same launch
 serves every length, also from a CUDA graph. Flash decoding (Dao et al. 2023): the keys are split over programs, whose
-results a second kernel adds up, always in one order. Where heads alone make enough programs there is one launch.
+results a second kernel adds up, always in one order. A program waits for its part of the mask, then for all the keys
+and values that it keeps; one query of a head is multiplied with fused multiply-adds, several on tensor cores.
 
 - q [B, Q, H, D]; k, v [B, Q, H_kv, D], H a multiple of H_kv; any strides with lanes side by side; bf16, fp16, fp32.
 - cos, sin [B or 1, Q, lanes], any float dtype, or None when rotary_dim is 0; `cos_lanes` and `sin_lanes` as in
@@ -29,20 +30,24 @@ Example:
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._decode_attention_kernels import merge_kernel, part_kernel
+from ._decode_attention_kernels import merge_kernel, one_query_kernel, queries_kernel
 from ._gemv_common import launch_options, starts_early
-from ._ops import INTERPRETED, define_opaque_op, launch, no_triton, on_device_of, triton
+from ._ops import HAS_TRITON, INTERPRETED, define_opaque_op, launch, no_triton, on_device_of, triton
 from ._qk_common import DTYPES, Spec, acc_dtype, check_tables, join_pairs, require, split_pairs, table_values
 from ._qk_tile import pow2, table_strides
 
-# Keys of a tile, warps of a program, tiles on their way, about how many programs, at most how many parts of the keys.
-BLOCK_N, NUM_WARPS, STAGES, PROGRAMS, MAX_SPLITS = 64, 4, 3, 264, 64
+# Keys of a tile, warps of a program, at most about how many programs and how many parts of the keys.
+BLOCK_N, NUM_WARPS, PROGRAMS, MAX_SPLITS = 64, 4, 1024, 64
 MAX_QUERIES, MAX_ROWS, MAX_DIM = 8, 64, 256
+# Of two dimensions that are alike, Triton spreads threads over the first up to 3.6, over the last in 3.9. The other one
+# makes the kernel slower, with barriers, and not wrong.
+OWN = 1 if HAS_TRITON and triton.__version__.startswith("3.6") else 0
 
 
 def supports(q: Tensor, k: Tensor, key_cache: Tensor) -> str | None:
@@ -142,39 +147,41 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
     batch, queries, heads, dim = q.shape
     kv_heads, size = k.shape[2], key_cache.shape[2]
     group, pairs = heads // kv_heads, batch * kv_heads
-    one = queries * group == 1 and q.dtype == torch.float32  # half types go to tensor cores, for one query too
-    rows = 1 if one else max(pow2(queries * group), 16)
+    rows = 1 if queries * group == 1 else max(pow2(queries * group), 16)
     splits = _split(size, pairs)
     out = q.new_empty(batch, queries, heads, dim)
-    partial = top_total = out
-    if splits > 1:
-        partial = q.new_empty(pairs, splits, queries * group, dim, dtype=torch.float32)
-        top_total = q.new_empty(pairs, splits, queries * group, 2, dtype=torch.float32)
+    partial = q.new_empty(pairs, splits, queries * group, dim, dtype=torch.float32)
+    top_total = q.new_empty(pairs, splits, queries * group, 2, dtype=torch.float32)
     position = length if length is not None else positions
     assert position is not None
     c0, c1, c2 = cos_lanes if rotary_dim else (0, 0, 0)
     s0, s1, s2 = sin_lanes if rotary_dim else (0, 0, 0)
     mask_strides = [0 if n == 1 else step for n, step in zip(mask.shape, mask.stride(), strict=True)]
-    scan = max(2048 // rows, 64)
-    early = starts_early(q, early)
-    common = {"KV_HEADS": kv_heads, "GROUP": group, "Q": queries, "D": dim, "DP": max(pow2(dim), 16),
+    early, lanes = starts_early(q, early), max(pow2(dim), 16)
+    common = {"KV_HEADS": kv_heads, "GROUP": group, "Q": queries, "D": dim, "DP": lanes,
               "COUNTED": length is not None, "SPLITS": splits, "EARLY": early, **launch_options(early)}  # fmt: skip
     arguments = [
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], q if cos is None else cos, *table_strides(cos),
         q if sin is None else sin, *table_strides(sin), key_cache, *key_cache.stride()[:3], value_cache,
         *value_cache.stride()[:3], position, 0 if length is not None else position.stride(0), mask, *mask_strides,
-        size, partial, top_total, out, scale * math.log2(math.e),
+        size, partial, top_total, scale * math.log2(math.e),
     ]  # fmt: skip
+    kinds: dict[str, Any] = {
+        **common, "TILES": triton.cdiv(size, BLOCK_N * splits), "R": rotary_dim, "INTERLEAVED": interleaved,
+        "C0": c0, "C1": c1, "C2": c2, "S0": s0, "S1": s1, "S2": s2,
+    }  # fmt: skip
     with on_device_of(q):
-        launch(part_kernel, pairs * splits, arguments, {
-            **common, "ROWS": rows, "NEW": 1 if one else 16, "PAIRS": pairs, "SCAN": scan,
-            "SCANS": triton.cdiv(size, scan), "R": rotary_dim, "INTERLEAVED": interleaved, "C0": c0, "C1": c1, "C2": c2,
-            "S0": s0, "S1": s1, "S2": s2, "BLOCK_N": BLOCK_N, "STAGES": 0 if INTERPRETED else STAGES,
-            "WIDE": INTERPRETED, "num_warps": NUM_WARPS if rows <= 16 else 2 * NUM_WARPS,
-        })  # fmt: skip  # the interpreter multiplies bfloat16 as integers
-        if splits > 1:
-            programs = pairs * queries * group
-            launch(merge_kernel, programs, [partial, top_total, out, position], {**common, "SP": splits})
+        if rows == 1:
+            side = min(NUM_WARPS * 32 * 16 // (lanes * q.element_size()), BLOCK_N)  # 16 bytes of a key for each thread
+            launch(one_query_kernel, pairs * splits, arguments, {
+                **kinds, "DEEP": BLOCK_N // side, "SIDE": side, "OWN": OWN, "num_warps": NUM_WARPS,
+            })  # fmt: skip
+        else:
+            launch(queries_kernel, pairs * splits, arguments, {
+                **kinds, "ROWS": rows, "NEW": 16, "BLOCK_N": BLOCK_N, "WIDE": INTERPRETED,
+                "num_warps": NUM_WARPS if rows <= 16 else 2 * NUM_WARPS,
+            })  # fmt: skip  # the interpreter multiplies bfloat16 as integers
+        launch(merge_kernel, pairs * queries * group, [partial, top_total, out, position], {**common, "SP": splits})
     return out
 
 

@@ -49,17 +49,20 @@ TRITON = {
     160: (_flash.Config(num_stages=2), _flash.Config(num_stages=2)),
 }
 _TWO_A_SM = _hopper_flash.Config(1, 128, 2, maxnreg=128)
-HOPPER = {
-    64: (_TWO_A_SM, _TWO_A_SM),
-    80: (None, _TWO_A_SM),
-    128: (_hopper_flash.Config(programs=1), _hopper_flash.Config(programs=1)),
-}  # of benchmarks/results/hopper_flash*.jsonl
+_THREE_GROUPS = _hopper_flash.Config(3, 128, 3, 160, programs=1, turns=True)
+_ONE_A_SM = _hopper_flash.Config(programs=1)
+# By head dim and whether it is causal; None: Triton's kernel is faster. Of benchmarks/results/hopper_flash*.jsonl.
+HOPPER: dict[tuple[int, bool], tuple[_hopper_flash.Config | None, _hopper_flash.Config | None]] = {
+    (64, False): (_THREE_GROUPS, _THREE_GROUPS), (64, True): (None, _TWO_A_SM),
+    (80, False): (None, _TWO_A_SM), (80, True): (None, _TWO_A_SM),
+    (128, False): (_ONE_A_SM, _ONE_A_SM), (128, True): (_ONE_A_SM, _ONE_A_SM),
+}  # fmt: skip
 HEAD_DIMS = tuple(TRITON)
 
 
-def hopper_config(q: Tensor, k: Tensor, v: Tensor) -> tuple[_hopper_flash.Config | None, str]:
+def hopper_config(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[_hopper_flash.Config | None, str]:
     """How Hopper's kernel runs for these tensors, or None and why it does not."""
-    config = HOPPER.get(int(q.shape[3]), (None, None))[likely(q.shape[2] > LONG)]
+    config = HOPPER.get((int(q.shape[3]), is_causal), (None, None))[likely(q.shape[2] > LONG)]
     if config is None:
         return None, f"head_dim {q.shape[3]} is as fast without it"
     if not q.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(q.device) != (9, 0):
@@ -68,9 +71,9 @@ def hopper_config(q: Tensor, k: Tensor, v: Tensor) -> tuple[_hopper_flash.Config
     return (None, reason) if reason else (config, "")
 
 
-def hopper_config_now(q: Tensor, k: Tensor, v: Tensor) -> _hopper_flash.Config | None:
+def hopper_config_now(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> _hopper_flash.Config | None:
     """How Hopper's kernel runs for these very tensors: it reads from multiples of 16 bytes on."""
-    config, _ = hopper_config(q, k, v)
+    config, _ = hopper_config(q, k, v, is_causal)
     return None if any(x.data_ptr() % 16 for x in (q, k, v)) else config
 
 
@@ -126,7 +129,7 @@ def _first(key: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor, is_causal: boo
     if len(_launches) == 1024:
         _launches.clear()
     parts = PARTS[int(q.shape[3])]
-    config = hopper_config_now(q, k, v)
+    config = hopper_config_now(q, k, v, is_causal)
     with on_device_of(q):
         if config is not None:
             arguments = _hopper_flash.call(q, k, v, is_causal, scale, parts, config, out)

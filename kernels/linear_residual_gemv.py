@@ -3,7 +3,7 @@
     out = residual + x1 @ W1^T + b1 [+ x2 @ W2^T + b2]
 
 Each program streams whole rows of both weights, so nothing is added up across programs. One row (or fp32) is multiplied
-with fused multiply-adds, more rows of a half type on tensor cores.
+with fused multiply-adds, of a weight's row that is asked for at once; more rows of a half type on tensor cores.
 
 - residual [..., N]; x1 [..., K1], x2 [..., K2] or None: 1 to 8 rows; bf16, fp16, fp32.
 - w1 [N, K1], w2 [N, K2], contiguous, K a multiple of 16; b1, b2 [N] or None.
@@ -17,7 +17,7 @@ Example:
     tensor([[17., 17., 17., 17.]])
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,12 @@ from ._gemv_rows import add_product
 from ._ops import INTERPRETED, define_opaque_op, launch, on_device_of, tl, triton
 from ._qk_common import acc_dtype, require
 from ._qk_tile import pow2
+from ._whole_rows import MAX_PIECES, whole_rows_kernel
 
 
 class Config(NamedTuple):
-    """Rows of a program, columns that it takes at once, its warps, tiles on their way to it, and the bytes of each row
-    of a weight that it asks for before its turn.
+    """Rows of a program, columns that it takes at once, its warps, tiles on their way to it (0: it asks for whole rows
+    at once), and the bytes of each row of a weight that it asks for before its turn.
     """
 
     block_n: int
@@ -44,6 +45,11 @@ class Config(NamedTuple):
 
 def config(rows: int, width: int) -> Config:
     """For a weight of `rows` rows of `width` elements; benchmarks/decode.py --sweep tries others."""
+    return Config(1, 0, 8 if width > 4096 else 4, 0)
+
+
+def in_tiles(rows: int, width: int) -> Config:
+    """The same for rows that are too long to be asked for at once."""
     return Config(2, 512, 4, 5) if rows > 1024 else Config(1, 1024, 2, 4)
 
 
@@ -179,22 +185,29 @@ def _forward(residual: Tensor, x1: Tensor, w1: Tensor, b1: Tensor | None, x2: Te
         base, first, w1, w1 if b1 is None else b1, second, w1 if w2 is None else w2, w1 if b2 is None else b2, out,
         width,
     ]  # fmt: skip
-    common = {"M": count, "K1": k1, "K2": k2, "BIASED1": b1 is not None, "BIASED2": b2 is not None}
+    common: dict[str, Any] = {"K1": k1, "K2": k2, "BIASED1": b1 is not None, "BIASED2": b2 is not None}
     with on_device_of(residual):
         if count == 1 or residual.dtype == torch.float32:
             chosen = config(width, k1 + k2)
-            ahead = {f"AHEAD{i}": min(chosen.ahead, max(k, 16) * w1.element_size()) for i, k in ((1, k1), (2, k2))}
             early = starts_early(residual, early)
-            launch(_row_kernel, triton.cdiv(width, chosen.block_n), arguments, {
-                **common, "MP": pow2(count), "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
+            columns = chosen.num_warps * 32 * 16 // w1.element_size()  # 16 bytes for each thread
+            if chosen.stages == 0 and (count > 1 or max(k1, k2) >= MAX_PIECES * columns):
+                chosen = in_tiles(width, k1 + k2)
+            programs = triton.cdiv(width, chosen.block_n)
+            common |= {"EARLY": early, "num_warps": chosen.num_warps, **launch_options(early)}
+            if chosen.stages == 0:
+                launch(whole_rows_kernel, programs, arguments, {**common, "BLOCK_N": chosen.block_n, "C": columns})
+                return out
+            ahead = {f"AHEAD{i}": min(chosen.ahead, max(k, 16) * w1.element_size()) for i, k in ((1, k1), (2, k2))}
+            launch(_row_kernel, programs, arguments, {
+                **common, "M": count, "MP": pow2(count), "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
                 "STAGES": chosen.stages, "ALL": width % chosen.block_n == 0, **ahead,
-                **{f"LINES{i}": pow2(-(-ahead[f"AHEAD{i}"] // 128)) for i in (1, 2)}, "EARLY": early,
-                "num_warps": chosen.num_warps, **launch_options(early),
+                **{f"LINES{i}": pow2(-(-ahead[f"AHEAD{i}"] // 128)) for i in (1, 2)},
             })  # fmt: skip
         else:
             chosen = rows_config(width, k1 + k2)
             launch(_rows_kernel, triton.cdiv(width, chosen.block_n), arguments, {
-                **common, "MP": max(pow2(count), 8), "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
+                **common, "M": count, "MP": max(pow2(count), 8), "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
                 "STAGES": chosen.stages, "PARTS": chosen.num_warps, "SPAN1": span(k1, chosen.num_warps),
                 "SPAN2": span(k2, chosen.num_warps), "WIDE": INTERPRETED, "num_warps": chosen.num_warps,
             })  # fmt: skip

@@ -107,6 +107,15 @@ def reference(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tens
     return out, linear.detach().clone() if save_linear else y.new_empty(0)
 
 
+def unmeasured(t: Operands, spec: Spec) -> str | None:
+    """Why the call is not like those measured to win (benchmarks/results/linear_skip_hopper.jsonl), or None."""
+    reason = _linear_skip_hopper.cannot_take(t, spec)
+    if reason is not None:
+        return reason
+    full = any(c is not None and kind(rank3(c)) == "full" for c in (t.a, t.b))
+    return "a coefficient has a value for each sample or token and lane" if full else None
+
+
 def _results(t: Operands, spec: Spec) -> tuple[Tensor, Tensor]:
     out = t.x.new_empty(t.x.shape, dtype=spec.out_dtype)
     return out, t.y.new_empty(t.x.shape if spec.save_linear else 0)

@@ -44,7 +44,8 @@ NORMS = ("none", "layer", "rms")
 
 class Config(NamedTuple):
     """For one row: rows of a weight that a program takes at once, its warps, how many programs there are (0: one for
-    each block), tiles on their way to a program that has several, bytes of each row that it asks for before its turn.
+    each block), tiles on their way to a program that has several, bytes of each row that it asks for before its turn,
+    at most how many registers of a thread where elements are of two bytes.
     """
 
     block_n: int
@@ -52,6 +53,7 @@ class Config(NamedTuple):
     programs: int = 0
     stages: int = 3
     ahead: int = 2048
+    maxnreg: int | None = None
 
 
 class RowsConfig(NamedTuple):
@@ -67,7 +69,9 @@ def config(width: int, gated: bool) -> Config:
     """For rows of `width` elements; benchmarks/decode.py --sweep tries others."""
     if width <= 1024:
         return Config(8, 4)
-    return Config(2 if gated or width > 4096 else 4, 4)
+    if gated or width > 4096:
+        return Config(2, 4)
+    return Config(4, 4, maxnreg=96)  # five programs on a multiprocessor, not four
 
 
 def rows_config(width: int) -> RowsConfig:
@@ -172,12 +176,13 @@ def _row(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
         used = j < len(outputs)
         arguments += [outputs[j], outputs[j].shape[-1], shares[j]] if used else [rows, 0, 0]
     ahead = min(chosen.ahead, width * rows.element_size())
+    limit = {"maxnreg": chosen.maxnreg} if chosen.maxnreg and rows.element_size() == 2 and not torch.version.hip else {}
     launch(row_kernel, sum(shares), arguments, {
         "WEIGHTS": len(outputs), **_kinds(biases, names), "M": int(rows.shape[0]), "K": width, "KP": pow2(width),
         "NORM": norm, "SCALED": norm_weights[0] is not None, "SHIFTED": norm_biases[0] is not None, "GATED": gated,
         "BLOCK_N": chosen.block_n, "STAGES": 1 if once else 0 if INTERPRETED else max(chosen.stages, 2),
         "AHEAD": ahead, "LINES": pow2(-(-ahead // 128)), "EARLY": early, "num_warps": chosen.num_warps,
-        **launch_options(early),
+        **launch_options(early), **limit,
     })  # fmt: skip
 
 

@@ -9,7 +9,8 @@ Inductor writes the projection, reads it and x, and writes the sum: three passes
 time. In the product's epilogue two of the three are gone. By the bytes that pays for weights of up to 1,536 lanes: for
 wider ones a product that is 20 % slower than the GEMM library's costs more than the passes. The coefficients stay on
 the device and may need gradients. Where a norm follows a sum with a plain x, `gated_residual_norm` and Inductor take
-the sum with it. Not measured yet.
+the sum with it. Measured on Hopper (32,768 x 768: 75 against 109 us; 4,096 x 512: 8.3 against 12.1); other GPUs and
+coefficients of [B, 1, N] only with options["unmeasured"].
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from torch_fuse._compat import is_traceable_wrapper_subclass
+from torch_fuse._compat import is_traceable_wrapper_subclass, no_guards
 from torch_fuse.graph.memory import in_memory, read_from_memory
 from torch_fuse.graph.miss import Kept
 from torch_fuse.graph.norm import norms_of, strip_casts
@@ -60,7 +61,8 @@ class AttentionSkip(Pattern):
         factors = [factor for c in (skip.a, skip.b) for factor, _ in c.factors]
         operands = (skip.linear.input, skip.linear.weight, skip.linear.bias, skip.x, *factors)
         inputs = tuple(dict.fromkeys(node for node in operands if node is not None))
-        return Match(anchor, {"skip": skip}, (skip.node,), skip.nodes, inputs, _describe(skip))
+        bindings = {"skip": skip, "fake_mode": view.fake_mode}
+        return Match(anchor, bindings, (skip.node,), skip.nodes, inputs, _describe(skip))
 
     def check(self, match: Match, options: Options) -> str | None:
         skip: Skip = match.bindings["skip"]
@@ -79,7 +81,10 @@ class AttentionSkip(Pattern):
         if reason is not None:
             return f"the kernel cannot run: {reason}"
         if not options.unmeasured:
-            return "the combination in the product's epilogue is not measured to win yet"
+            with no_guards(match.bindings["fake_mode"]):
+                reason = linear_skip.unmeasured(_operands(skip), _spec(skip))
+            if reason is not None:
+                return f"the combination in the product's epilogue is not measured to win: {reason}"
         return _no_profit(skip)
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:

@@ -34,10 +34,13 @@ from ._attention_site import Layout, Site
 
 # From how many queries and keys on it wins over PyTorch's fastest backend, by head dim and whether it is causal: by
 # more than its launch costs (20 us more than SDPA's for Hopper's kernel), which models bound by launches would pay.
-# That leaves out head_dim 64, where it wins for few heads only (21.6 against 32.2 us for 12 heads of 2,048).
+# Of head_dim 64 that leaves the cases with many tiles: 466 against 476 us for 16 x 12 heads of 2,048 and 445 against
+# 456 for 4 x 12 of 4,096, but 119 against 115 for 4 x 12 of 2,048 (causal: 90.7 against 99.3 for 4 x 16 of 2,048 only).
 MIN_LENGTH = {
-    (48, True): 512, (80, True): 512, (96, True): 512, (128, True): 2048, (128, False): 4096, (160, True): 512,
+    (48, True): 512, (64, False): 2048, (80, True): 512, (96, True): 512, (128, True): 2048, (128, False): 4096,
+    (160, True): 512,
 }  # fmt: skip
+MIN_TILES_64 = 1024  # of 192 queries: eight for each multiprocessor of an H200
 
 
 @register
@@ -132,7 +135,7 @@ def _by_table(match: Match) -> str | None:
     assert q is not None and k is not None and v is not None
     with no_guards(match.bindings["fake_mode"]):
         reason = dense_attention.supports(q, k, v, is_causal, scale)
-        hopper, why = dense_attention.hopper_config(q, k, v)
+        hopper, why = dense_attention.hopper_config(q, k, v, is_causal)
     if reason is not None:
         return f"the kernel cannot run: {reason}"
     if q.device.type == "cuda":
@@ -142,12 +145,15 @@ def _by_table(match: Match) -> str | None:
     kind = (int(q.shape[3]), is_causal)
     if kind not in MIN_LENGTH:
         return f"head_dim {kind[0]}, {'causal' if is_causal else 'not causal'}: PyTorch's kernel is as fast"
-    if hopper is None and kind[0] == 128:
+    if hopper is None and kind[0] in (64, 128):
         return f"PyTorch's kernel is faster: {why}"
     least = MIN_LENGTH[kind]
     length = min(size_hint(x.shape[2], least) for x in (q, k))
     if length < least:
         return f"length {length}: PyTorch's kernel is as fast; it pays from {least} on"
+    tiles = -(-size_hint(q.shape[2], least) // 192) * size_hint(q.shape[0], 1) * int(q.shape[1])
+    if kind[0] == 64 and tiles < MIN_TILES_64:
+        return f"{tiles} tiles of queries: PyTorch's kernel is as fast; it pays from {MIN_TILES_64} on"
     return None
 
 

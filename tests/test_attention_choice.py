@@ -581,5 +581,6 @@ def test_backends_are_measured_on_a_gpu(dim: int, causal: bool, gradients: bool,
         assert all(x.grad is not None and bool(x.grad.isfinite().all()) for x in tensors)
     (entry,) = measurements.stored("attention")
     assert entry["value"]["us"]["pytorch"][0] > 0
-    assert not any("wrong" in reason for reason in entry["value"]["dropped"].values()), entry
+    bad = ("wrong", "cannot be captured")
+    assert not any(word in reason for reason in entry["value"]["dropped"].values() for word in bad), entry
     assert "us" in torch_fuse.reports().sites[0].reason

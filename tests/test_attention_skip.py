@@ -255,12 +255,15 @@ def test_without_a_gpu_it_is_kept() -> None:
 
 
 @pytest.mark.usefixtures("kernel")
-def test_until_it_is_measured_it_wants_the_option() -> None:
+def test_where_it_is_not_measured_it_wants_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    unmeasured = "the combination in the product's epilogue is not measured to win: "
     status, reason, _ = decision(examples.rcm, AUTO)
-    assert (status, reason) == (
-        "kept", "the combination in the product's epilogue is not measured to win yet",
-    )  # fmt: skip
+    assert (status, reason) == ("kept", unmeasured + "the device is no NVIDIA GPU")
     assert decision(examples.rcm)[0] == "fused"
+    monkeypatch.setattr("torch_fuse.kernels._linear_skip_hopper.cannot_take", lambda *_: None)
+    assert decision(examples.rcm, AUTO)[0] == "fused"
+    status, reason, _ = decision(examples.dit_gate, AUTO)
+    assert (status, reason) == ("kept", unmeasured + "a coefficient has a value for each sample or token and lane")
 
 
 @pytest.mark.usefixtures("kernel")

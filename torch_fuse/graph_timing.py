@@ -100,9 +100,16 @@ def _captured(call: Callable[[], Any], inner: int) -> torch.cuda.CUDAGraph:
         call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(inner):
-            call()
+    # A capture that fails leaves the generator's state unusable: it gets a copy.
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(inner):
+                call()
+    finally:
+        generator.graphsafe_set_state(state)
     return graph
 
 

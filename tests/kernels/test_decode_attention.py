@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from test_gemv import compiled
 from torch import Tensor
 
 from torch_fuse.kernels import _ops
@@ -161,6 +163,26 @@ def test_the_same_step_gives_the_same_bits() -> None:
     given = arguments(Case(torch.float16, size=300, live=250, group=2))
     first, *others = (op(*fresh(given)) for _ in range(3))
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="compiles for a GPU")
+@pytest.mark.parametrize("early", [False, True])
+def test_one_query_waits_for_the_memory_and_not_for_other_threads(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values are all asked for at once, 16 bytes a thread, and sums of different threads are added up once."""
+    launches: list[Any] = []
+    monkeypatch.setattr(module, "supports", lambda *_: None)
+    monkeypatch.setattr(module, "starts_early", lambda _, asked: asked)
+    monkeypatch.setattr(module, "launch", lambda *given: launches.append(given))
+    given = arguments(Case(torch.float16, dim=80, rotary=20, size=1024))
+    module._forward(*(x.cpu() if isinstance(x, Tensor) else x for x in given), early)
+    (kernel, grid, values, constants), (merge, _, merged, others) = launches
+    assert grid == 2 * 16 and constants["TILES"] == 1
+    found = compiled(kernel, values, constants)
+    ptx = found.asm["ptx"]
+    assert len(re.findall(r"ld\.global\S*\.v4", ptx)) == 2 * 64 * 128 * 2 // 16 // 128
+    assert found.metadata.shared <= 4096 and ptx.count("bar.sync") <= 24
+    for code in (ptx, compiled(merge, merged, others).asm["ptx"]):
+        assert ("griddepcontrol.wait" in code) == early == ("griddepcontrol.launch_dependents" in code)
 
 
 @pytest.mark.parametrize("name", ["one_token", "across_two_tiles", "no_rope"])

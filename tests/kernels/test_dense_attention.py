@@ -113,7 +113,7 @@ def test_grouped_queries(dim: int, is_causal: bool) -> None:
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_hopper_kernel_takes_several_tiles_and_several_batches(dim: int, length: int, is_causal: bool) -> None:
     tensors = inputs(batch=2, heads=4, kv=2, length=length, dim=dim, dtype=torch.bfloat16)
-    assert module.hopper_config(*tensors)[0] is not None
+    assert (module.hopper_config(*tensors, is_causal)[0] is None) == (is_causal and dim == 64)
     for scale in (1.0, 0.7):  # the second by the same launch with other tensors, and by one of its own
         assert_no_worse([x * scale for x in tensors[:2]] + tensors[2:], is_causal)
     assert_no_worse(tensors, is_causal, scale=0.2)
@@ -125,22 +125,29 @@ def test_hopper_kernel_takes_several_tiles_and_several_batches(dim: int, length:
 @pytest.mark.parametrize(
     "config",
     [
+        {"groups": 1, "maxnreg": 128, "programs": 2},
         {"programs": 1, "turns": True},
-        {"programs": 1, "turns": True, "ahead": True},
-        {"turns": True},
-        {"groups": 1, "maxnreg": 128, "programs": 2, "ahead": True},
-        {"groups": 3, "block_n": 64, "registers": 160, "programs": 1, "turns": True, "ahead": True},
+        {"block_n": 64, "stages": 2, "programs": 1, "deep": True},
+        {"groups": 3, "block_n": 64, "stages": 3, "registers": 160, "programs": 1, "turns": True, "deep": True},
     ],
 )
 def test_any_hopper_configuration(config: dict, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also one tile of keys, groups past the last query, fewer tiles than programs, and more."""
-    monkeypatch.setitem(module.HOPPER, dim, (module._hopper_flash.Config(**config),) * 2)
+    for is_causal in (True, False):
+        monkeypatch.setitem(module.HOPPER, (dim, is_causal), (module._hopper_flash.Config(**config),) * 2)
     module._launches.clear()
     for batch, length, keys in ((1, 64, 64), (1, 65, 100), (2, 129, 320), (3, 1000, 1000), (24, 777, 200)):
         tensors = inputs(batch=batch, heads=8, kv=4, length=length, keys=keys, dim=dim, dtype=torch.bfloat16)
         assert_no_worse(tensors, False)
         if length == keys:
             assert_no_worse(tensors, True)
+    q, k, v = inputs(batch=2, heads=4, kv=4, length=700, dim=dim, dtype=torch.bfloat16)
+    rising = torch.linspace(40.0, 0.1, 700, device=q.device).to(q.dtype)[:, None]  # keys are taken from the last one
+    assert_no_worse([q, k * rising, v], False, scale=0.3)
+    q, k = q.abs(), k.clone()
+    k[:, :, 300:], q[:, :, 5] = -float("inf"), -1.0  # the first scores are minus infinity, of one row infinity
+    wanted = exact(q, k, v, False, 0.2)
+    torch.testing.assert_close(op(q, k, v, False, 0.2).double(), wanted, atol=1e-2, rtol=1e-2, equal_nan=True)
     module._launches.clear()
 
 

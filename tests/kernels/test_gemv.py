@@ -106,8 +106,11 @@ def residual_arguments(dtype: torch.dtype, rows: int, n: int, k1: int, k2: int, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [(1, 37, 48, 1040, True), (1, 6, 4112, 0, False), (3, 16, 64, 0, True),
                                   (8, 5, 512, 80, True), (2, 40, 16, 1040, False),
-                                  (5, 17, 208, 48, True)], ids=str)  # fmt: skip
-def test_linear_residual(case: Any, dtype: torch.dtype) -> None:
+                                  (5, 17, 208, 48, True), (1, 3, 16400, 14352, True)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("tiles", [False, True])
+def test_linear_residual(case: Any, tiles: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if tiles:
+        monkeypatch.setattr(residual, "config", residual.in_tiles)
     check(residual.linear_residual_gemv, residual.reference, residual_arguments(dtype, *case), dtype)
 
 

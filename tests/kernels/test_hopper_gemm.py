@@ -48,7 +48,7 @@ def test_the_kernel_compiles_with_this_triton(how: _hopper_gemm.Config, mode: st
     known: dict[str, Any] = {
         "N": 768, "K": 768, "A": "none", "B": "lane" if skip else "none", "MODE": mode, "ONE_A": True, "ONE_B": True,
         "W_ROWS": skip, "PING_PONG": how.ping_pong, "BLOCK_M": how.block_m, "BLOCK_N": how.block_n, "BLOCK_K": 64,
-        "PART": 64, "RING": how.block_n // 64 if skip else 2, "STAGES": how.stages, "TOGETHER": 8, "a": None,
+        "PART": 64, "RING": _hopper_gemm.ring(how.block_n, skip), "STAGES": how.stages, "TOGETHER": 8, "a": None,
     }  # fmt: skip
     parts = descriptor(how.block_m, 64)
     weight = descriptor(how.block_n, 64) if skip else descriptor(64, how.block_n)
@@ -79,6 +79,16 @@ def test_a_tile_is_chosen_for_every_size_and_fits() -> None:
                 assert _hopper_gemm.stages_that_fit(how, itemsize, True, keep, 3) == how.stages
     small, large = (_hopper_gemm.config(rows, 768, 2, True, False, 1) for rows in (256, 32768))
     assert small.block_m * small.block_n < large.block_m * large.block_n
+
+
+@pytest.mark.parametrize("block_n", sorted({how.block_n for how in _hopper_gemm.CONFIGS}))
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_part_has_the_place_of_the_part_a_ring_before(block_n: int, skip: bool) -> None:
+    """Across tiles, too: the epilogue waits for all stores but the last RING - 1, then writes to `part % RING`."""
+    ring = _hopper_gemm.ring(block_n, skip)
+    places = [part % ring for _ in range(3) for part in range(block_n // _hopper_gemm.PART)]
+    assert all(place not in places[max(0, i - ring + 1) : i] for i, place in enumerate(places))
+    assert not skip or ring == block_n // _hopper_gemm.PART
 
 
 def test_what_the_memory_engine_cannot_read_is_named() -> None:

@@ -108,3 +108,15 @@ def test_hopper_kernel(transposed: bool, save: bool) -> None:
             torch.testing.assert_close(out.double(), exact, rtol=1e-2, atol=1e-2)
             if save:
                 torch.testing.assert_close(linear, F.linear(x, weight, bias), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("save", [False, True])
+def test_hopper_kernel_with_tiles_of_one_part(save: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program has several, and one place for a group's."""
+    monkeypatch.setattr(module, "config", _hopper_gemm.Config(64, 64, 8, True))
+    x, weight, bias = operands(9000, 64, 1040, torch.bfloat16)
+    exact = unfused(x.double(), weight.double(), bias.double())
+    for _ in range(2):
+        torch.testing.assert_close(op(x, weight, bias, save)[0].double(), exact, rtol=1e-2, atol=1e-2)

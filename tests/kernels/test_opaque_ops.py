@@ -72,7 +72,7 @@ def test_the_memory_engine_is_not_asked_to_read_from_where_it_cannot(monkeypatch
         x = torch.empty(offset + 2 * 64 * 80, dtype=torch.float16)[offset:].view(1, 2, 64, 80)
         aligned = torch.empty(1, 2, 64, 80, dtype=torch.float16)
         for arguments in ((x, aligned, aligned), (aligned, x, aligned), (aligned, aligned, x)):
-            assert (dense.hopper_config_now(*arguments) is not None) == found
+            assert (dense.hopper_config_now(*arguments, True) is not None) == found
 
 
 @pytest.mark.skipif(not _ops.HAS_TRITON, reason="needs Triton")
@@ -80,15 +80,16 @@ def test_the_memory_engine_is_not_asked_to_read_from_where_it_cannot(monkeypatch
     ("parts", "config", "is_causal"),
     [
         ((64, 16), {"groups": 1, "maxnreg": 128}, True),
-        ((64, 0), {"groups": 1, "block_n": 64, "stages": 4, "maxnreg": 80, "ahead": True}, False),
-        ((128, 0), {"turns": True, "ahead": True}, True),
+        ((64, 0), {"groups": 2, "block_n": 64, "stages": 4, "deep": True}, False),
+        ((128, 0), {"turns": True}, True),
     ],
 )
 def test_the_hopper_kernel_compiles_with_this_triton(parts: tuple[int, int], config: dict, is_causal: bool) -> None:
     """Without a GPU; a name that Gluon no longer has would otherwise be noticed at the first call on one.
 
-    All exponentials of a tile are to be between the wait for its scores and the wait for the products with the values
-    before, or they do not run under these products: ptxas moves the second wait, and only the machine code shows it.
+    All exponentials of a tile are to be between the wait for its scores (`deep`: the start of products) and the wait
+    for the products with the values before, or they do not run under these products: ptxas moves the second wait, and
+    only the machine code shows it.
     """
     kernel = importlib.import_module("torch_fuse.kernels._hopper_flash_kernel")
     if kernel.MISSING or _ops.INTERPRETED:
@@ -117,10 +118,14 @@ def test_the_hopper_kernel_compiles_with_this_triton(parts: tuple[int, int], con
     assert source.hash()
     compiled = _ops.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "wgmma" in compiled.asm["ptx"]
-    found = re.findall(r"DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|STL|LDL", compiled.asm["sass"])
-    events = "".join({"M": "e", "S": "spill", "L": "spill"}.get(x[0], "0" if x[-1] == "0" else "n") for x in found)
-    assert len(re.findall(f"ne{{{chosen.block_n // 2},}}0", events)) == chosen.groups, events
-    assert "spill" not in events
+    found = re.findall(r"DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|HGMMA|STL|LDL", compiled.asm["sass"])
+    kinds = {"M": "e", "H": "h", "S": "s", "L": "s"}
+    events = "".join(kinds.get(x[0], "0" if x[-1] == "0" else "n") for x in found)
+    under = [re.sub(".*?h" if chosen.deep else ".*n", "", span, count=1) for span in events.split("0")]
+    least = chosen.block_n * (3 if chosen.deep else 4) // 8
+    under = [span for span in under if span.count("e") >= least]
+    assert len(under) == chosen.groups * (2 if chosen.deep else 1), events  # `deep`: of the first tile, too
+    assert not any("s" in span for span in under), events  # a spill
 
 
 @pytest.mark.parametrize("unbacked", [False, True])
@@ -145,7 +150,7 @@ def test_a_length_that_is_not_known_yet_is_no_error(dim: int, unbacked: bool, mo
                 q, k, v = (arg.meta["example_value"] for arg in node.args)
                 with no_guards(mode), monkeypatch.context() as patched:
                     patched.setattr(type(q), "is_cuda", True)
-                    assert (dense.hopper_config(q, k, v)[0] is not None) == (dim == 128)
+                    assert (dense.hopper_config(q, k, v, True)[0] is not None) == (dim == 128)
                     patched.setattr("torch_fuse.kernels._attention_arguments.no_triton", lambda _: None)
                     assert masked.supports(q, k, v) is None
         return outcome.gm.forward
