@@ -27,8 +27,8 @@ except ImportError:  # macOS, Windows, CPU builds of torch: modules still import
         constexpr = object
 
         @staticmethod
-        def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
-            return fn
+        def jit(fn: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+            return _NoTriton.jit if fn is None else fn
 
     triton = tl = _NoTriton()
     HAS_TRITON = False
