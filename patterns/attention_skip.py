@@ -39,8 +39,9 @@ from torch_fuse.rewrite.view import GraphView
 
 # A product of wider rows takes longer by more than the passes, when it is 20 % slower than the GEMM library's.
 MAX_INNER = 1536
-# Below that the kernel that computes the coefficients, which Inductor has in that of the combination, costs what is won:
-# blocks of 0.13 and 0.5 M elements take 1.02 times Inductor's time, of 2.1 M 0.93 to 1.0, of 6.3 M and more 0.93 to 0.97.
+# Below that, the kernel that computes the coefficients, which Inductor has in that of the combination, costs what is
+# won: blocks of 0.13 and 0.5 M elements take 1.02 times Inductor's time, of 2.1 M 0.93 and 1.0, of 6.3 M and more 0.93
+# to 0.97.
 MIN_SIZE = 1 << 21
 # Fewer rows, and the call is bound by launches, of which there is one in either case.
 MIN_ROWS = 256
