@@ -99,6 +99,21 @@ def test_a_near_miss_stays_and_says_why(name: str) -> None:
         assert any(MISSED[name] in site.reason for site in found), [site.reason for site in found]
 
 
+def test_a_vector_that_makes_the_projection_wider_is_no_bias() -> None:
+    class Widened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.vector = nn.Linear(8, 1, bias=False), nn.Parameter(torch.randn(16))
+
+        def forward(self, x: Tensor, q: Tensor, gate: Tensor) -> Tensor:
+            attention = F.scaled_dot_product_attention(q, q, q).flatten(0, 1)
+            return x + gate * (self.one(attention) + self.vector)
+
+    torch.manual_seed(0)
+    found, calls = sites(Widened(), (torch.randn(2, 5, 16), torch.randn(2, 1, 5, 8), torch.randn(16)))
+    assert not found and not calls, found
+
+
 def test_a_projection_that_autocast_computes_in_another_type_stays_and_says_why() -> None:
     model, inputs = build(examples.rcm)
     found: list[Any] = []
