@@ -277,8 +277,9 @@ def test_where_it_is_not_measured_it_wants_the_option(monkeypatch: pytest.Monkey
     assert decision(examples.rcm)[0] == "fused"
     monkeypatch.setattr("torch_fuse.kernels._linear_skip_hopper.cannot_take", lambda *_: None)
     assert decision(examples.rcm, AUTO)[0] == "fused"
-    status, reason, _ = decision(examples.dit_gate, AUTO)
-    assert (status, reason) == ("kept", unmeasured + "a coefficient has a value for each sample or token and lane")
+    for spelling in (examples.dit_gate, examples.nested_factors):  # the second: of a sample times one of a lane
+        status, reason, _ = decision(spelling, AUTO)
+        assert (status, reason) == ("kept", unmeasured + "a coefficient has a value for each sample or token and lane")
 
 
 @pytest.mark.usefixtures("kernel")
