@@ -204,8 +204,9 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     # the product that it took, and unfused graphs save it, too.
     ctx.recompute = into_b and not spec.save_linear
     x = t.x if into_a or (into_b and spec.mode != "sum") else None
-    y = t.y if into_weight or ctx.recompute else None
-    bias = t.bias if ctx.recompute else None
+    # A gradient that is differentiated itself needs the product as a function of y, weight and bias.
+    y = t.y if into_weight or into_b else None
+    bias = t.bias if into_b else None
     a = t.a if into_x or into_a else None
     ctx.save_for_backward(y, t.weight, bias, x, a, t.b, output[1] if into_b and spec.save_linear else None)
 
@@ -229,7 +230,7 @@ def _backward(ctx: Any, grad: Tensor | None, _linear: Tensor | None) -> tuple[An
     if into_a:
         found[4] = summed(wide * x, a.shape) * spec.alpha
     if into_b:
-        if ctx.recompute:
+        if ctx.recompute or torch.is_grad_enabled():
             linear = F.linear(y, weight, bias).reshape(grad.shape)
         towards = linear.to(ctx.dtype)
         if spec.mode != "sum":

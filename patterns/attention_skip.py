@@ -15,6 +15,7 @@ coefficients of [B, 1, N] only with options["unmeasured"].
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -133,14 +134,27 @@ def _spec(skip: Skip) -> linear_skip.Spec:
 
 
 def _operands(skip: Skip) -> linear_skip.Operands:
-    """Fake tensors that are like the op's; products of factors are of no layout that it would refuse."""
+    """Fake tensors that are like the op's."""
     y, weight, bias, x = (
         None if node is None else tensor(node)
         for node in (skip.linear.input, skip.linear.weight, skip.linear.bias, skip.x)
     )
     assert y is not None and weight is not None and x is not None
-    factors = [tensor(c.factors[0][0]) if len(c.factors) == 1 else None for c in (skip.a, skip.b)]
-    return linear_skip.Operands(y, weight.t() if skip.linear.transposed else weight, bias, x, *factors)
+    weight = weight.t() if skip.linear.transposed else weight
+    return linear_skip.Operands(y, weight, bias, x, _product_like(skip.a), _product_like(skip.b))
+
+
+def _product_like(coefficient: Coefficient) -> torch.Tensor | None:
+    """A tensor of the shape and dtype of what `_emit` makes."""
+    factors = [value for factor, _ in coefficient.factors if (value := tensor(factor)) is not None]
+    if len(factors) < 2:
+        return factors[0] if factors else None
+    shape: list[Any] = [1] * max(factor.dim() for factor in factors)
+    for factor in factors:
+        for i, size in enumerate(reversed(factor.shape), 1):
+            shape[-i] = shape[-i] if equal(size, 1) else size
+    dtype = functools.reduce(torch.promote_types, (factor.dtype for factor in factors), torch.float32)
+    return factors[0].new_empty(0, dtype=dtype).as_strided(shape, [0] * len(shape))
 
 
 def _no_profit(skip: Skip) -> str | None:

@@ -99,6 +99,21 @@ def test_a_near_miss_stays_and_says_why(name: str) -> None:
         assert any(MISSED[name] in site.reason for site in found), [site.reason for site in found]
 
 
+def test_a_vector_that_makes_the_projection_wider_is_no_bias() -> None:
+    class Widened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.vector = nn.Linear(8, 1, bias=False), nn.Parameter(torch.randn(16))
+
+        def forward(self, x: Tensor, q: Tensor, gate: Tensor) -> Tensor:
+            attention = F.scaled_dot_product_attention(q, q, q).flatten(0, 1)
+            return x + gate * (self.one(attention) + self.vector)
+
+    torch.manual_seed(0)
+    found, calls = sites(Widened(), (torch.randn(2, 5, 16), torch.randn(2, 1, 5, 8), torch.randn(16)))
+    assert not found and not calls, found
+
+
 def test_a_projection_that_autocast_computes_in_another_type_stays_and_says_why() -> None:
     model, inputs = build(examples.rcm)
     found: list[Any] = []
@@ -264,8 +279,9 @@ def test_where_it_is_not_measured_it_wants_the_option(monkeypatch: pytest.Monkey
     assert decision(examples.rcm, AUTO)[1] == unmeasured + f"{256 * examples.C} elements; it pays from 2097152 on"
     monkeypatch.setattr("torch_fuse.patterns.attention_skip.MIN_SIZE", 1)
     assert decision(examples.rcm, AUTO)[0] == "fused"
-    status, reason, _ = decision(examples.dit_gate, AUTO)
-    assert (status, reason) == ("kept", unmeasured + "a coefficient has a value for each sample or token and lane")
+    for spelling in (examples.dit_gate, examples.nested_factors):  # the second: of a sample times one of a lane
+        status, reason, _ = decision(spelling, AUTO)
+        assert (status, reason) == ("kept", unmeasured + "a coefficient has a value for each sample or token and lane")
 
 
 @pytest.mark.usefixtures("kernel")

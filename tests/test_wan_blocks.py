@@ -209,3 +209,16 @@ def test_a_cast_to_a_type_computed_of_values_that_are_written_to_keeps_the_type_
     result = compare(model, (torch.randn(3, 4), torch.randn(3, 4)), grad=False)
     assert not result.problems
     assert not [node for graph in result.graphs for node in graph.graph.nodes if node.target == "type_as"]
+
+
+def test_a_cast_inside_of_a_function_transform_costs_a_graph_no_fusion() -> None:
+    class Mapped(Rotated):
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            x = torch.vmap(lambda sample: (2 * sample.float()).type_as(sample))(x)
+            return super().forward(x, table)
+
+    torch.manual_seed(0)
+    table = torch.polar(torch.ones(6, 8).double(), torch.rand(6, 8).double())
+    result = compare(Mapped().bfloat16(), (torch.randn(2, 6, 32).bfloat16(), table), grad=False)
+    assert result.fused("norm_qkv_rope_attention") == 1, result.reasons
+    assert not result.problems

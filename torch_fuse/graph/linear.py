@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
-from torch_fuse.graph.values import tensor
+from torch_fuse.graph.values import same_shape, tensor
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def match_linear(node: Node) -> Linear | None:
             if vector is None or vector.dim() != 1 or not isinstance(product, Node):
                 continue
             inner = match_linear(product)
-            if inner is not None and inner.bias is None and len(product.users) == 1:
+            if inner is None or inner.bias is not None or len(product.users) != 1:
+                continue
+            if same_shape(tensor(product).shape, tensor(node).shape):  # type: ignore[union-attr]
                 return Linear(node, inner.input, inner.weight, bias, inner.transposed, inner.nodes | {node})
     return None
 

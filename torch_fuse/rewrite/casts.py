@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from torch_fuse._compat import fake_mode_of, is_traceable_wrapper_subclass
-from torch_fuse.graph.values import tensor, value
-from torch_fuse.rewrite.builder import Builder
+from torch_fuse._compat import is_traceable_wrapper_subclass
+from torch_fuse.graph.values import tensor
 
 
 def free_casts(gm: GraphModule) -> int:
@@ -16,11 +15,10 @@ def free_casts(gm: GraphModule) -> int:
         The number of casts.
     """
     found = [node for node in gm.graph.nodes if _is_type_as(node)]
-    mode = fake_mode_of(gm) if found else None
     for node in found:
-        builder = Builder(gm, node, mode, node)
-        new = builder.call("to", node.args[0], tensor(node).dtype)  # type: ignore[union-attr]
-        new.meta["example_value"] = value(node)
+        with gm.graph.inserting_before(node):
+            new = gm.graph.call_method("to", (node.args[0], tensor(node).dtype))  # type: ignore[union-attr]
+        new.meta = dict(node.meta)  # its value is known: inside of vmap none can be computed
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
     if found:
