@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torch_fuse import Options
-from torch_fuse.kernels import _dequant_dispatch as dispatch
-from torch_fuse.kernels import dequant_linear
 from torch_fuse.patterns import _packed_formats as formats
 from torch_fuse.patterns._dequant_examples import Quantised, gptq, gptq_forward, int8, make
 from torch_fuse.rewrite.registry import patterns
@@ -181,56 +179,6 @@ def test_without_a_kernel_or_a_measurement_the_graph_stays() -> None:
     rewriter = Rewriter(Options(on_error="raise"))
     rewritten(module, rewriter)(x)
     assert rewriter.statuses == {(PATTERN, "kept")}
-
-
-def _layer(form: str, dtype: torch.dtype = torch.float16) -> nn.Module:
-    """A layer of K = 256 columns in a format, as users write it."""
-    n, k, group = 16, 256, 128
-    codes = torch.randint(0, 256, (n, k if "int8" in form else k // 2)).to(torch.uint8)
-    scale, zero = torch.rand(n, 1 if "int8" in form else k // group).to(dtype), torch.randint(0, 9, (n, k // group))
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        if "int8" in form:
-            return F.linear(x, m.q.to(x.dtype) * m.s)
-        halves = [m.q >> 4, m.q & 15] if "high" in form else [m.q & 15, m.q >> 4]
-        q = torch.stack(halves, -1).view(n, -1, group).to(x.dtype)
-        q = q - m.z.to(x.dtype)[:, :, None] if "zero" in form else q - 8
-        return F.linear(x, (q * m.s[:, :, None]).view(n, k))
-
-    codes = codes if "uint8" in form or "int8" not in form else codes.view(torch.int8)
-    return Quantised(forward, q=codes, s=scale, z=zero.to(torch.int32))
-
-
-@pytest.mark.parametrize("form, rows, reason", [
-    ("int8", (1,), None), ("int8", (2, 8), None), ("int4", (16,), None), ("int4 zero", (1, 1), None),
-    ("int8", (17,), "17 rows"), ("int4", (0,), "0 rows"), ("uint8", (1,), "for this format"),
-    ("int4 high", (1,), "for this format"), ("int8 trained", (1,), "a gradient"), ("int8 dynamic", (4,), "not static"),
-])  # fmt: skip
-def test_only_what_is_measured_to_win_fires_by_default(
-    form: str, rows: tuple[int, ...], reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dispatch, "unmeasured_device", lambda device: None)
-    monkeypatch.setattr(dequant_linear, "supports_device", lambda device: None)
-    monkeypatch.setattr(dequant_linear, "supports", lambda *args: None)
-    monkeypatch.setattr(dispatch.few, "MISSING", "")
-    module, x = _layer(form), torch.randn(*rows, 256).half()
-    rewriter = Rewriter(Options(on_error="raise"))
-    torch._dynamo.reset()
-    if "dynamic" in form:
-        torch._dynamo.mark_dynamic(x, 0)
-    with torch.set_grad_enabled("trained" in form):
-        x.requires_grad_("trained" in form)
-        torch.testing.assert_close(rewritten(module, rewriter)(x), module(x))
-    assert rewriter.statuses == {(PATTERN, "fused" if reason is None else "kept")}, str(rewriter.report)
-    assert reason is None or reason in rewriter.report.sites[0].reason
-
-
-def test_nothing_is_measured_but_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "cpu" in (dispatch.unmeasured_device(torch.device("cpu")) or "")
-    monkeypatch.setattr(torch.version, "hip", None)
-    for capability, measured in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert (dispatch.unmeasured_device(torch.device("cuda")) is None) == measured
 
 
 def test_compiled_by_inductor_the_op_gives_the_same_and_follows_the_batch() -> None:
