@@ -13,6 +13,7 @@ The idea is that of FasterTransformer's and Marlin's converters; see also "Who S
 
 from __future__ import annotations
 
+import functools
 import struct
 
 from .packed_weight import Format
@@ -117,6 +118,7 @@ def _entries(first: int) -> list[str]:
     return lines
 
 
+@functools.cache
 def convert(form: Format, dtype: str, zeros: int = 0) -> tuple[str, str]:
     """The instructions for four bytes of codes to `dtype` (FP16 or BF16), and the constraints of their operands.
 
@@ -144,6 +146,7 @@ def convert(form: Format, dtype: str, zeros: int = 0) -> tuple[str, str]:
     return _statements("a, b, c, d, s, t, u, v, w, l0, l1, h0, h1", lines), ",".join(["=r"] * first + ["r"] * inputs)
 
 
+@functools.cache
 def split(form: Format) -> tuple[str, str]:
     """Instructions for four pairs of activations: their even ones as $0, $1, their odd ones as $2, $3, in `order`."""
     a, b, c, d = (f"r{i}" for i in order(form))
@@ -153,6 +156,7 @@ def split(form: Format) -> tuple[str, str]:
     return _statements("r0, r1, r2, r3", lines), "=r,=r,=r,=r,r,r,r,r"
 
 
+@functools.cache
 def reorder(form: Format) -> tuple[str, str]:
     """Instructions for four activations, $2 and $3, as $0 and $1 in `order`."""
     assert order(form) == (0, 2, 1, 3)

@@ -6,17 +6,20 @@ The product's library reads a weight that was just written from L2 in part, so w
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dequant_decode as written
 from . import _dequant_rows as few
 from . import _dequant_tiled as tiled
-from .packed_weight import COMPUTE, Format
+from .packed_weight import COMPUTE, Format, weight_shape
 
 # Rows of x up to which each way of reading the codes in the product is the faster one, for 8 and 4 bits: all of a row's
 # warps by themselves, and tiles. To be measured.
 CROSSOVER = {8: (32, 256), 4: (32, 256)}
+# Rows of x up to which the op is measured to beat Inductor on sm_90 (benchmarks/results/dequant_linear.jsonl).
+MEASURED_ROWS = 16
 
 
 def supports(
@@ -24,6 +27,37 @@ def supports(
 ) -> str | None:
     """Why there is no kernel for these, or None."""
     return written.supports(x, codes, scale, zero, lut, form)
+
+
+def unmeasured_device(device: torch.device) -> str | None:
+    """Why nothing is measured on a device, or None."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"not measured to win on {device.type!r}"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability == (9, 0) else "not measured to win on sm_{}{}, only on sm_90".format(*capability)
+
+
+def unmeasured_rows(rows: int | None) -> str | None:
+    """Why a number of rows of x, None where it is not static, is not like those measured to win, or None."""
+    if rows is None:
+        return f"the number of rows is not static; measured to win for 1 to {MEASURED_ROWS}"
+    return None if 1 <= rows <= MEASURED_ROWS else f"{rows} rows; measured to win for 1 to {MEASURED_ROWS}"
+
+
+def unmeasured(codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, form: Format) -> str | None:
+    """Why a weight is not like those measured to win with few rows of x, or None."""
+    if few.MISSING:
+        return few.MISSING
+    _, k = weight_shape(codes, form)
+    int8 = form.bits == 8 and form.kind == "int" and form.group >= k and zero is None
+    int4 = form.bits == 4 and form.kind in ("int", "uint") and form.nibbles == "low" and form.group % 128 == 0
+    if not (int8 or int4) or form.rows != 1 or form.arithmetic != "sub_mul":
+        return "not measured to win for this format, only for int8 per row and int4 (low nibbles) in groups of 128"
+    if k % 16 or few.tile_of(codes, form) is None:
+        return f"K = {k} does not fill the tiles of what is measured to win"
+    if not all(part is None or part.is_contiguous() for part in (codes, scale, zero)):
+        return "not measured to win: codes, scale or zero point are not contiguous"
+    return None
 
 
 def run(

@@ -30,9 +30,9 @@ def _column(block, SECOND: gl.constexpr, BITS: gl.constexpr, RUN: gl.constexpr, 
 @gluon.jit
 def _group(values, n, column, seen, GROUPS: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
            COMPUTE: gl.constexpr):  # fmt: skip
-    """A scale or zero point of each row, rounded as its source does."""
+    """A scale or zero point of each row, rounded as its source does; integers through fp32, as in torch."""
     at = (n // ROWS).to(gl.int64) * GROUPS + column // GROUP
-    return gl.load(values + at, seen, other=0).to(COMPUTE).to(gl.float32)
+    return gl.load(values + at, seen, other=0).to(gl.float32).to(COMPUTE).to(gl.float32)
 
 
 @gluon.jit

@@ -87,7 +87,7 @@ def read(closure: Closure, shape: tuple[int, int], transposed: bool, output: tup
     Raises:
         Miss: when no format agrees with it.
     """
-    key = (*closure.key(), shape, transposed, output)
+    key = (*closure.key(), shape, transposed, output, torch.get_default_dtype())  # the last: of `int8 * 1.0`
     if key not in _known:
         if len(_known) >= 512:
             _known.clear()
@@ -207,8 +207,8 @@ def _computes_in(node: Node, dtype: torch.dtype) -> bool:
 
 def _integers(node: Node) -> list[int]:
     """Numbers that a closure's operator has as arguments, and that may be what is subtracted from its codes."""
-    found = [abs(x) for x in (*node.args, *node.kwargs.values()) if isinstance(x, (int, float)) and x == int(x)]
-    return [int(x) for x in found if 2 <= x <= 128]
+    found = [abs(x) for x in (*node.args, *node.kwargs.values()) if isinstance(x, (int, float))]
+    return [int(x) for x in found if 2 <= x <= 128 and x == int(x)]
 
 
 def _roles(closure: Closure, shape: tuple[int, int]) -> Iterator[tuple[Part, int, int, Part | None, Part | None]]:

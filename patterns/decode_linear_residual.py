@@ -26,7 +26,7 @@ from torch_fuse.graph.values import tensor
 from torch_fuse.kernels import linear_residual_gemv
 from torch_fuse.options import Options
 from torch_fuse.patterns._early_launch import may_launch_early
-from torch_fuse.patterns.decode_norm_linear import _rows, few_rows, too_many_rows
+from torch_fuse.patterns.decode_norm_linear import _rows, check_bias, few_rows, too_many_rows
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -143,6 +143,7 @@ def _check(anchor: Node, residual: Node, linears: list[Linear]) -> None:
             raise Miss("a weight is stored with its input dimension first", linear.node)
         if any(tensor(node).dtype != result.dtype for node in (linear.input, linear.weight)):  # type: ignore[union-attr]
             raise Miss("weights, inputs and the residual stream differ in dtype", linear.node)
+        check_bias(linear)
 
 
 # -- examples ------------------------------------------------------------------------------------------------------
@@ -181,6 +182,7 @@ _NEAR_MISSES: dict[str, Block] = {
     "scaled": lambda m, x, y, z: x + 2 * m.b(z),
     "alpha": lambda m, x, y, z: torch.add(x, m.b(z), alpha=2),
     "difference": lambda m, x, y, z: x - m.b(z),
+    "bias_of_one_number": lambda m, x, y, z: x + (m.c(z) + m.a.bias[:1]),
     "broadcast": lambda m, x, y, z: x[:1] + m.b(z),
     "written_in_between": lambda m, x, y, z: (lambda h: (z.mul_(2), x + h))(m.b(z)),
 }

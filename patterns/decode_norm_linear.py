@@ -31,7 +31,7 @@ from torch_fuse.graph.effects import Order
 from torch_fuse.graph.linear import Linear, match_linear
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.norm import Norm, match_norm, norms_of, strip_casts
-from torch_fuse.graph.values import static_int, tensor
+from torch_fuse.graph.values import same_shape, static_int, tensor
 from torch_fuse.kernels import norm_linear_gemv
 from torch_fuse.options import Options
 from torch_fuse.patterns._early_launch import may_launch_early
@@ -85,7 +85,7 @@ class DecodeNormLinear(Pattern):
 
     def check(self, match: Match, options: Options) -> str | None:
         norm, outputs = match.bindings["norm"], match.bindings["outputs"]
-        inside = {linear.node for output in outputs for linear in output.linears}
+        inside = {node for output in outputs for linear in output.linears for node in linear.nodes}
         for other in {output.norm.node for output in outputs}:
             if any(user not in match.region and user not in inside for user in other.users):
                 return "the normalised value is read elsewhere too"
@@ -159,6 +159,13 @@ def too_many_rows(node: Node) -> str | None:
     return None if rows is not None and rows <= most else f"{rows} rows: it is known to pay up to {most}"
 
 
+def check_bias(linear: Linear) -> None:
+    """Raises Miss unless a layer's bias has one number for each of its results; sums broadcast."""
+    bias, weight = tensor(linear.bias), tensor(linear.weight)
+    if bias is not None and weight is not None and not same_shape(bias.shape, weight.shape[:1]):
+        raise Miss(f"the bias has shape {list(bias.shape)}; the op adds one number a column", linear.node)
+
+
 def _rows(node: Node) -> int | None:
     found = tensor(node)
     sizes = [] if found is None else [static_int(size) for size in found.shape[:-1]]
@@ -190,6 +197,7 @@ def _check(norm: Norm, outputs: list[Output]) -> None:
                 raise Miss("the weight is stored with its input dimension first", linear.node)
             if tensor(linear.weight).dtype != x.dtype:  # type: ignore[union-attr]
                 raise Miss("weight and input differ in dtype", linear.node)
+            check_bias(linear)
 
 
 def _linears(norm: Norm) -> list[Linear]:
@@ -216,7 +224,8 @@ def _outputs(norm: Norm, order: Order) -> list[Output]:
         if gated is not None:
             product, silu, other = gated
             both = (linear, linears[other])
-            outputs.append(Output(product, norm, both, "silu", frozenset({node, other, silu, product})))
+            inside = both[0].nodes | both[1].nodes | {silu, product}
+            outputs.append(Output(product, norm, both, "silu", inside))
             taken |= {node, other}
     for node, linear in linears.items():
         if node not in taken:
@@ -245,7 +254,7 @@ def _gated(node: Node, linears: dict[Node, Linear]) -> tuple[Node, Node, Node] |
 def _with_gelu(linear: Linear, norm: Norm, order: Order) -> Output:
     """A linear layer with the GELU behind it, when nothing else reads the layer's result."""
     node = linear.node
-    plain = Output(node, norm, (linear,), "none", frozenset({node}))
+    plain = Output(node, norm, (linear,), "none", linear.nodes)
     ahead: dict[Node, None] = {}
     pending = [node]
     while pending and len(ahead) < _MOST_STEPS:
@@ -254,7 +263,7 @@ def _with_gelu(linear: Linear, norm: Norm, order: Order) -> Output:
                 ahead[user] = None
                 pending.append(user)
     for gelu in gelus(sorted(ahead, key=order.index.__getitem__)):
-        inside = {node, *gelu.nodes}
+        inside = {*linear.nodes, *gelu.nodes}
         if gelu.input is not node or any(u not in inside for n in inside - {gelu.node} for u in n.users):
             continue
         name = "gelu" if gelu.approximate == "none" else "gelu_tanh"
@@ -315,10 +324,14 @@ _SPELLINGS: dict[str, Block] = {
     "four_weights": lambda m, x: [layer(y) for y in (m.norm1(x),) for layer in (m.a, m.b, m.c, m.d)],
     "gated": _gated_unit,
     "tanh_written_out": lambda m, x: _gelu_new(m.b(m.norm1(x))),
+    "bias_added_later": lambda m, x: F.gelu(m.c(m.norm1(x)) + m.a.bias),
+    "gated_bias_added_later": lambda m, x: (lambda y: F.silu(m.c(y) + m.a.bias) * (m.c(y) + m.a.bias))(m.norm1(x)),
     "result_read_before_and_after_gelu": lambda m, x: (lambda y: (F.gelu(y), y + 1))(m.b(m.norm1(x))),
 }  # fmt: skip
 _NEAR_MISSES: dict[str, Block] = {
     "norm_read_elsewhere": lambda m, x: (lambda y: (m.a(y), y * 2))(m.norm1(x)),
     "written_in_between": lambda m, x: (lambda y: (m.a(y), x.mul_(2), m.b(y)))(m.norm1(x)),
+    "bias_of_one_number": lambda m, x: m.c(m.norm1(x)) + m.a.bias[:1],
+    "matrix_added": lambda m, x: torch.addmm(m.a.bias.expand(2, 24), m.norm1(x)[:, 0], m.c.weight.t()),
     "no_norm": lambda m, x: m.a(x),
 }

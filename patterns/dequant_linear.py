@@ -14,6 +14,7 @@ lie at each call, so a weight that is updated later counts from then on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,7 +27,8 @@ from torch_fuse.graph.dequant import OutputScale, Product, match_output_scale, m
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.subclass import Traced, is_packed, trace_linear
-from torch_fuse.graph.values import tensor
+from torch_fuse.graph.values import static_int, tensor
+from torch_fuse.kernels import _dequant_dispatch as dispatch
 from torch_fuse.kernels import dequant_linear
 from torch_fuse.kernels.packed_weight import COMPUTE
 from torch_fuse.options import Options
@@ -86,11 +88,12 @@ class DequantLinear(Pattern):
             reason = dequant_linear.supports_device(device)
             if reason is not None:
                 return reason
-            if not options.unmeasured:
-                return "not measured to win"
+            reason = None if options.unmeasured else _unmeasured(match.bindings["outer"], device)
+            if reason is not None:
+                return reason
         found = _read(match)
         if options.kernels != "reference":
-            return _supported(match.bindings["outer"], *found)
+            return _no_kernel(match.bindings["outer"], *found, options)
         return None
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
@@ -186,11 +189,24 @@ def _learns(outer: Product) -> bool:
     return weight is not None and result is not None and weight.requires_grad and result.requires_grad
 
 
-def _supported(outer: Product, closure: Closure, reading: Reading) -> str | None:
-    """Why there is no kernel for a weight, or None."""
+def _unmeasured(outer: Product, device: torch.device) -> str | None:
+    """Why the op is not measured to win, whatever the weight's format, or None."""
+    x, result = tensor(outer.input), tensor(outer.node)
+    assert x is not None and result is not None
+    if result.requires_grad:
+        return "a gradient is wanted, and it is not measured to win then"
+    sizes = [static_int(size) for size in x.shape[:-1]]
+    rows = None if None in sizes else math.prod(sizes)  # type: ignore[arg-type]
+    return dispatch.unmeasured_device(device) or dispatch.unmeasured_rows(rows)
+
+
+def _no_kernel(outer: Product, closure: Closure, reading: Reading, options: Options) -> str | None:
+    """Why there is no kernel for a weight, or none that is measured to win; or None."""
     leaves: list[Any] = [tensor(leaf) for leaf in closure.leaves]
     with torch.no_grad():
         parts = reading.parts(leaves)
     bias = None if outer.bias is None else tensor(outer.bias)
     reason = dequant_linear.supports(tensor(outer.input), *parts, bias, reading.form)  # type: ignore[arg-type]
-    return None if reason is None else f"no kernel: {reason}"
+    if reason is not None:
+        return f"no kernel: {reason}"
+    return None if options.unmeasured else dispatch.unmeasured(*parts, reading.form)

@@ -172,3 +172,9 @@ def test_activations_of_halves_come_in_the_order_of_the_codes() -> None:
     form = Format(4, "uint", nibbles="half")
     found = run(reorder(form)[0], list(words(x).view(-1, 2).unbind(-1)), 2)
     assert torch.equal(elements(found, torch.float16), x.view(-1, 4)[:, list(order(form))])
+
+
+def test_instructions_are_written_once_for_all_calls_of_a_format() -> None:
+    form = Format(4, "uint", 1, 128)
+    assert convert(form, FP16, 1)[0] is convert(form, FP16, 1)[0]
+    assert split(form)[0] is split(form)[0] and reorder(form)[0] is reorder(form)[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_fuse.kernels import _dequant_decode as decoding
 from torch_fuse.kernels import _dequant_rows as few
-from torch_fuse.kernels import _ops
+from torch_fuse.kernels import _ops, dequant_linear
 from torch_fuse.kernels._dequant_rows_kernel import MISSING
 from torch_fuse.kernels.packed_weight import COMPUTE, Format, check_parts, decode, weight_shape
 
@@ -78,6 +78,46 @@ def test_decoding_is_bit_for_bit_that_of_torch(name: str, dtype: torch.dtype) ->
     found = parts(form, 20, 256, zero, run=run)
     assert decoding.supports(torch.empty(1, 256, dtype=dtype, device=DEVICE), *found, form) is None
     assert torch.equal(decoding.decode_on_device(*found, form, dtype), decode(*found, form, dtype))
+
+
+UNEVEN: dict[str, tuple[Format, int]] = {
+    "odd_k": (Format(8, "uint", 1, 16), 37),
+    "odd_group": (Format(8, "int", 1, 7), 64),
+    "odd_group_of_pairs": (Format(4, "uint", 1, 5), 30),
+    "group_of_three_pairs": (Format(4, "uint", 1, 6, nibbles="high"), 36),
+    "rows_of_blocks": (Format(8, "int", 3, 24), 100),
+    "offset_past_256": (Format(8, "int", 1, 64, 144, compute="bfloat16"), 64),
+}
+
+
+@pytest.mark.skipif(not RUNS, reason="needs a GPU or the interpreter")
+@pytest.mark.parametrize("name", UNEVEN)
+def test_decoding_of_sizes_that_fill_no_vector(name: str) -> None:
+    form, k = UNEVEN[name]
+    codes, scale, zero, _ = parts(form, 10, k, torch.int8)
+    scale = (2.0 ** torch.randint(-3, 4, scale.shape)).to(scale)
+    if form.compute == "bfloat16":
+        codes, zero = codes & ~1, None  # even numbers up to 512, exact: the interpreter truncates
+    for dtype in (torch.float16, torch.bfloat16):
+        found = decoding.decode_on_device(codes, scale, zero, None, form, dtype)
+        wanted = decode(codes, scale, zero, None, form, torch.float32 if _ops.INTERPRETED else dtype)
+        torch.testing.assert_close(found, wanted.to(dtype), rtol=2**-7 if _ops.INTERPRETED else 0, atol=0)
+
+
+@pytest.mark.skipif(not RUNS, reason="needs a GPU or the interpreter")
+@pytest.mark.parametrize("zero", [torch.int8, torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("rows", [1, 6, 40])
+def test_decoding_takes_integers_as_zero_points(zero: torch.dtype, rows: int) -> None:
+    """Also in bfloat16: all numbers here are exact in it, and need no rounding."""
+    for form in (Format(8, "int", 1, 64, compute="bfloat16"), Format(4, "int", 1, 32, compute="bfloat16")):
+        codes, scale, zeros, _ = parts(form, 16, 64, zero)
+        found = (codes, (2.0 ** torch.randint(-3, 4, scale.shape)).to(scale), zeros, None)
+        weight = decode(*found, form, torch.bfloat16)
+        assert torch.equal(decoding.decode_on_device(*found, form, torch.bfloat16), weight)
+        x = torch.randn(rows, 64, device=DEVICE).bfloat16()
+        if decoding.supports(x, *found, form) is None and _ops.INTERPRETED:
+            out = dequant_linear.dequant_linear(x, *found, None, *form)
+            assert torch.equal(out, torch.nn.functional.linear(x, weight))
 
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
@@ -155,6 +195,32 @@ def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str) ->
     loop, _ = ptx.rsplit("mma.sync", 1)
     assert "st.shared" not in loop and "bar.sync" not in loop, "a layout is converted in the loop"
     assert "evict_first" in ptx and "ld.global.v4.b32" in ptx, "activations are read in pieces"
+
+
+@pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="compiles Triton")
+@pytest.mark.parametrize("name", ["int8_per_row", "uint4_high_zero"])
+def test_decoding_reads_a_scale_once_for_what_it_stores_at_once(name: str) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    form, zero, _ = FORMATS[name]
+    codes = torch.empty(128, 256 * form.bits // 8, dtype=torch.int8 if form.kind == "int" else torch.uint8)
+    known = decoding.constants(codes, None if zero is None else torch.empty(1), form)
+    kinds = {"codes": "*i8" if form.kind == "int" else "*u8", "scale": "*fp16", "zero": "*fp16", "lut": "*fp16",
+             "out": "*fp16", "count": "i32"}  # fmt: skip
+    names = decoding._kernel.arg_names
+    source = ASTSource(
+        fn=decoding._kernel,
+        signature={name: kinds.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in known.items() if name in names},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in kinds},
+    )
+    options = {name: known[name] for name in ("num_warps", "enable_fp_fusion")}
+    ptx = _ops.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    stores = ptx.count("st.global.v4.b32")
+    assert stores == known["CHUNKS"] // known["num_warps"] // 32 and "st.shared" not in ptx
+    assert ptx.count("st.global") == stores
+    assert ptx.count("ld.global") == stores * (2 if zero is None else 3)
 
 
 @pytest.mark.gpu
