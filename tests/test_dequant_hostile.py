@@ -155,6 +155,9 @@ def test_only_what_is_measured_to_win_fires_by_default(
 def test_nothing_is_measured_but_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cpu" in (dispatch.unmeasured_device(torch.device("cpu")) or "")
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert dispatch.unmeasured_device(torch.device("cuda")) == "the kernels as they are now are not measured"
+    monkeypatch.setattr(dispatch, "MEASURED", True)
     for capability, measured in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert (dispatch.unmeasured_device(torch.device("cuda")) is None) == measured
