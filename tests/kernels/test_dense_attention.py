@@ -127,8 +127,8 @@ def test_hopper_kernel_takes_several_tiles_and_several_batches(dim: int, length:
     [
         {"groups": 1, "maxnreg": 128, "programs": 2},
         {"programs": 1, "turns": True},
-        {"block_n": 64, "stages": 2, "programs": 1, "deep": True},
-        {"groups": 3, "block_n": 64, "stages": 3, "registers": 160, "programs": 1, "turns": True, "deep": True},
+        {"block_n": 64, "stages": 2, "programs": 1},
+        {"groups": 3, "block_n": 64, "stages": 3, "registers": 160, "programs": 1, "turns": True},
     ],
 )
 def test_any_hopper_configuration(config: dict, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
