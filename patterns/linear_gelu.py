@@ -206,6 +206,7 @@ _SPELLINGS: dict[str, Block] = {
     "bias_added_later": lambda m, x: m.down(_gelu(x @ m.bare.weight.T + m.up.bias)),
     "views_around": lambda m, x: m.down(_gelu(m.up(x).view(-1, 24)).view(2, 5, 24)),
     "dropout_behind": lambda m, x: m.down(F.dropout(_gelu(m.up(x)), 0.1, training=False)),
+    "only_its_type_read_elsewhere": lambda m, x: (lambda y: (m.down(_gelu(y)), x.float().type_as(y)))(m.up(x)),
 }
 
 
@@ -222,7 +223,6 @@ _NEAR_MISSES: dict[str, Block] = {
     ),
     "quick_gelu": lambda m, x: m.down((lambda y: y * torch.sigmoid(1.702 * y))(m.up(x))),
     "read_before_the_gelu": lambda m, x: (lambda y: m.down(_gelu(y)) + y.mean())(m.up(x)),
-    "dtype_read_elsewhere": lambda m, x: (lambda y: (m.down(_gelu(y)), x.float().type_as(y)))(m.up(x)),
     "no_bias": lambda m, x: m.down(_gelu(m.bare(x))),
     "bias_a_row": lambda m, x: m.down(_gelu(_conv1d(m, x, m.rows))),
     "bias_scaled": lambda m, x: m.down(_gelu(torch.add(m.bare(x), m.up.bias, alpha=2))),
