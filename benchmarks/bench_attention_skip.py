@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--out", help="JSON lines are appended to this file")
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
     for flag, text in (("--sweep", "also try other tiles"), ("--no-blocks", "the op alone"),
+                       ("--no-op", "the blocks alone"), ("--no-training", "their forward pass only"),
                        ("--dry", "tiny, on the CPU: measures nothing")):  # fmt: skip
         parser.add_argument(flag, action="store_true", help=text)
     given = parser.parse_args()
@@ -239,14 +240,15 @@ def main() -> None:
                "product": product, "apart": torch.compile(unfused, dynamic=False)}  # fmt: skip
         with torch.no_grad():
             try:
-                alone(log, name, ops, given.dry, config=_config(name)._asdict())
+                if not given.no_op:
+                    alone(log, name, ops, given.dry, config=_config(name)._asdict())
             except Exception as failure:  # log it, go on
                 log.write(what="op", name=name, failed=f"{type(failure).__name__}: {failure}"[:400])
                 if given.dry:
                     raise
             if given.sweep:
                 sweep(log, name, given.dry)
-        for train in () if given.no_blocks else (False, True):
+        for train in () if given.no_blocks else (False,) if given.no_training else (False, True):
             block(log, name, train, given.dry)
 
 

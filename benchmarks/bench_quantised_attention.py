@@ -6,8 +6,9 @@ A shape is batch, queries, keys, heads, key heads, head dim, whether it is causa
 queries of up to two heads, on normal numbers ("plain") and with outliers: lanes of query and key 10 to 30 times as
 large, a constant offset on lanes of the keys, none of them the same. Results start as NaN. Times are medians of CUDA
 graphs, so without launches: "quantise" (both kernels), "attend" (the products' kernel), "op" (all three), "cudnn",
-"dense" (the exact op). `--sweep` tries other configurations, too, and goes on when one fails. About 60 s on an H200,
-90 s more with `--sweep`; `--quick`: the first two shapes (20 s). `--dry` proves it on a CPU with TRITON_INTERPRET=1.
+"dense" (the exact op). `--sweep` tries other configurations, too, and goes on when one fails; `--sweep quantise` only
+those of the kernel that quantises. About 45 s on an H200; `--quick`: the first six shapes (25 s); for the sweeps 60 and
+20 s more. `--dry` proves it on a CPU with TRITON_INTERPRET=1.
 """
 
 import argparse
@@ -29,10 +30,11 @@ hopper = importlib.import_module("torch_fuse.kernels._hopper_quantised")
 
 SHAPES = [
     (1, 7800, 7800, 12, 12, 128, 0), (16, 2048, 2048, 12, 12, 64, 0), (1, 32760, 32760, 12, 12, 128, 0),
-    (4, 4096, 4096, 12, 12, 64, 0), (1, 4096, 4096, 32, 32, 128, 1), (4, 2048, 2048, 12, 12, 64, 0),
-    (8, 1024, 1024, 12, 12, 64, 0), (1, 4096, 4096, 32, 8, 128, 1), (2, 4096, 4096, 16, 16, 80, 0),
+    (1, 4096, 4096, 32, 32, 128, 1), (4, 2048, 2048, 12, 12, 64, 0), (2, 4096, 4096, 16, 16, 80, 0),
+    (4, 4096, 4096, 12, 12, 64, 0), (8, 1024, 1024, 12, 12, 64, 0), (1, 4096, 4096, 32, 8, 128, 1),
     (2, 4096, 4096, 16, 16, 96, 1), (1, 1000, 513, 12, 4, 64, 0), (1, 75600, 75600, 2, 2, 128, 0),
 ]  # fmt: skip
+QUICK = 6
 INNER = 4  # calls in one CUDA graph
 Config = hopper.Config
 SWEEP = {
@@ -46,6 +48,11 @@ SWEEP = {
         Config(1, 128, 3, maxnreg=168),
     ],
 }  # fmt: skip
+# Of the kernel that quantises: tiles in flight, programs a multiprocessor, registers a thread.
+QUANTISE_SWEEP = {
+    128: [(2, 2, 128), (1, 2, 128), (1, 99, None), (3, 1, None), (2, 1, None)],
+    64: [(2, 3, 80), (4, 3, 80), (1, 3, 80), (1, 99, None), (3, 2, 128), (2, 4, 64)],
+}
 
 
 def make(shape: tuple[int, ...], device: str, outliers: bool) -> list[Tensor]:
@@ -133,6 +140,18 @@ def accuracy(shape: tuple[int, ...], device: str, log: Log) -> None:
         log.write(what="accuracy" if right else "WRONG", shape=shape, kind=kind, **found, bf16=theirs)
 
 
+def quantise_times(shape: tuple[int, ...], setting: tuple[int, int, int | None], dry: bool, log: Log) -> None:
+    tensors, causal = make(shape, "cpu" if dry else "cuda", False), bool(shape[6])
+    stages, *resident = setting
+    width = 64 if shape[5] == 64 else 128
+    with patch.object(quantise, "STAGES", stages), patch.dict(quantise.RESIDENT, {width: tuple(resident)}):
+        call = parts(tensors, causal)["quantise"]
+    found = interleaved_ms({"quantise": call if dry else captured(call, INNER)}, 1 if dry else 4, 1, 1 if dry else 3)
+    log.write(
+        what="quantise", shape=shape, setting=setting, us=round(found["quantise"] * 1e3 / (1 if dry else INNER), 1)
+    )
+
+
 def times(shape: tuple[int, ...], config: Any, dry: bool, log: Log) -> None:
     tensors, causal = make(shape, "cpu" if dry else "cuda", False), bool(shape[6])
     with patch.dict(op.HOPPER, {shape[5]: config or op.HOPPER[shape[5]]}):
@@ -160,19 +179,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON lines are appended here")
     parser.add_argument("--only", help="one shape")
-    parser.add_argument("--quick", action="store_true", help="the first two shapes")
-    parser.add_argument("--sweep", action="store_true", help="also other configurations, for the first two shapes")
+    parser.add_argument("--quick", action="store_true", help="the first six shapes")
+    sweep = "also other configurations, for the first two shapes; quantise: only of the kernel that does so"
+    parser.add_argument("--sweep", nargs="?", const="all", choices=["all", "quantise"], help=sweep)
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU: proves the script, measures nothing")
     flags = parser.parse_args()
     log = Log(flags.out)
-    shapes = [tuple(map(int, flags.only.split(",")))] if flags.only else SHAPES[: 2 if flags.quick else None]
+    shapes = [tuple(map(int, flags.only.split(",")))] if flags.only else SHAPES[: QUICK if flags.quick else None]
     steps: list[tuple[Any, ...]] = [(shape, config) for shape in shapes for config in ("accuracy", None)]
-    steps += [(shape, config) for shape in shapes[:2] if flags.sweep for config in SWEEP.get(shape[5], ())]
+    sweeps = (QUANTISE_SWEEP, SWEEP) if flags.sweep == "all" else (QUANTISE_SWEEP,) if flags.sweep else ()
+    steps += [(shape, config) for of in sweeps for shape in shapes[:2] for config in of.get(shape[5], ())]
     for shape, config in steps:
         size = (1, 70, 70, 2, 2 if shape[3] == shape[4] else 1, *shape[5:]) if flags.dry else shape
         try:
             if config == "accuracy":
                 accuracy(size, "cpu" if flags.dry else "cuda", log)
+            elif type(config) is tuple:
+                quantise_times(size, config, flags.dry, log)
             else:
                 times(size, config, flags.dry, log)
         except Exception as problem:  # does not compile, too many registers, refused by the backend

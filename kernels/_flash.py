@@ -21,7 +21,8 @@ from torch import Tensor
 
 from torch_fuse._compat import likely
 
-from ._ops import INTERPRETED, launch, on_device_of, tl, triton
+from ._calls import Call
+from ._ops import INTERPRETED, tl, triton
 
 # Head dims, each in one or two powers of two that a matrix instruction takes.
 PARTS = {32: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 160: (128, 32),
@@ -273,17 +274,17 @@ def call(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Te
     return triton.cdiv(length, config.block_m) * batch * heads, arguments, constants
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, band: Band,
+def attend(made: Call, q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, band: Band,
            scale: float, config: Config, lse: Tensor | None = None, softcap: float = 0.0,
            sinks: Tensor | None = None) -> Tensor:  # fmt: skip
-    """Launches the kernel, from an opaque op.
+    """Launches the kernel in a call of an opaque op.
 
-    Returns the result, [B, S_q, H, D] in memory; writes its log-sum-exp in units of log2 into `lse` [B, H, S_q].
+    Returns the result, [B, H, S_q, D], the transpose of what is contiguous; writes its log-sum-exp in units of log2
+    into `lse` [B, H, S_q].
     """
-    out = output(q)
-    grid, arguments, constants = call(q, k, v, key_keep, key_range, band, scale, config, out, lse, softcap, sinks)
-    with on_device_of(q):
-        launch(kernel, grid, arguments, constants)
+    _, heads, length, dim = q.shape
+    out = made.empty(q.shape, q.dtype, (length * heads * dim, dim, heads * dim, 1))
+    made.launch(kernel, *call(q, k, v, key_keep, key_range, band, scale, config, out, lse, softcap, sinks))
     return out
 
 

@@ -13,7 +13,7 @@ from ._hopper_flash_tiles import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from ._hopper_weights import after, before_products, keep, operand, pack, sums_of_threads
+from ._hopper_weights import after, before_products, keep, largest_of_rows, operand, pack, sums_of_threads
 
 
 @gluon.jit
@@ -124,10 +124,14 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
         if D2 > 0:
             acc2 = gl.zeros([64, D2], gl.float32, layout=layout2)
         decay = shift * 0.0
+        next_scale = gl.load(scales - 2, mask=tiles > 1, other=0.0)
+        next_v_log = gl.load(scales - 1, mask=tiles > 1, other=0.0)
         for t in range(1, tiles):
+            scale = row_scale * next_scale
+            new_v_log = next_v_log
             scales -= 2
-            scale = row_scale * gl.load(scales)
-            new_v_log = gl.load(scales + 1)
+            next_scale = gl.load(scales - 2, mask=t + 1 < tiles, other=0.0)
+            next_v_log = gl.load(scales - 1, mask=t + 1 < tiles, other=0.0)
             mbarrier.wait(k_full.index(k_stage), k_phase)
             p1 = operand(packed, p_layout1, N)
             p2 = operand(packed, p_layout2, N)
@@ -141,11 +145,12 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
                 s = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(k_empty.index(k_stage), count=1)
             k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
-            s = s.to(gl.float32)
-            if CAUSAL and GROUPS * 64 > N:  # noqa: SIM102 (known when it is compiled)
+            if CAUSAL and GROUPS * 64 > N:
+                s = s.to(gl.float32)
                 if (tiles - t) * N > first + 1:
                     s = gl.where(((tiles - 1 - t) * N + col)[None, :] <= index[:, None], s, -float("inf"))
-            largest = gl.max(s, 1) * scale
+            largest = gl.convert_layout(largest_of_rows(s, N).to(gl.float32), rows) * scale
+            s = s.to(gl.float32)  # after the maximum: under the exponentials
             top = gl.maximum(top, largest)
             new_unit = gl.maximum(largest, top - 24.0)  # sums stay finite: no tile's unit is far below another's
             safe = gl.where(new_unit == -float("inf"), 0.0, new_unit)
@@ -200,7 +205,9 @@ def _consume(GROUP: gl.constexpr, out, q_scale, kv_scale, q1_s, q2_s, k1_s, k2_s
         gl.store(at1, acc1.to(dtype), row[:, None] < q_length)
 
 
-@gluon.jit
+# A length of 1 as a constant makes several weights one register, and ptxas (of Triton 3.6) then leaves two bytes of
+# `pack`'s results unwritten.
+@gluon.jit(do_not_specialize=["length"])
 def kernel(q1, q2, k1, k2, v1, v2, q_scale, kv_scale, out, batch, q_length, length, q_rows, k_rows, together,
            H: gl.constexpr, HEADS_OF_KEY: gl.constexpr, CAUSAL: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
            GROUPS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip

@@ -46,7 +46,14 @@ def keep(packed):
 @gluon.jit
 def sums_of_threads(p, N: gl.constexpr):
     """Sums of each thread's own weights of a row; the four threads of a row are summed at the end."""
-    return gl.sum(gl.sum(p.reshape([64, N // 8, 4, 2]), 3), 1)
+    return gl.sum(gl.sum(gl.sum(p.reshape([64, 4, N // 32, 4, 2]), 4), 2), 1)
+
+
+@gluon.jit
+def largest_of_rows(s, N: gl.constexpr):
+    """The largest score of each row. In four chains: the assembler makes one of a row, of four clocks a step."""
+    s = s.reshape([64, 4, N // 32, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, 4, 4, N // 16])
+    return gl.max(gl.max(gl.max(s, 3), 1), 1)
 
 
 @gluon.jit

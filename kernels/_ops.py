@@ -16,6 +16,7 @@ from torch_fuse._compat import any_tangent, below_autograd, is_plain
 try:
     import triton
     import triton.language as tl
+    from triton.knobs import runtime as _runtime
 
     HAS_TRITON = True
 except ImportError:  # macOS, Windows, CPU builds of torch: modules still import, ops run their references
@@ -26,8 +27,8 @@ except ImportError:  # macOS, Windows, CPU builds of torch: modules still import
         constexpr = object
 
         @staticmethod
-        def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
-            return fn
+        def jit(fn: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+            return _NoTriton.jit if fn is None else fn
 
     triton = tl = _NoTriton()
     HAS_TRITON = False
@@ -91,16 +92,21 @@ def define_opaque_op(
 
     written = [list(inspect.signature(fn).parameters).index(argument) for argument in mutates]
 
+    kinds = [str(argument.type) for argument in op._schema.arguments]
+    count, singles = len(kinds), [i for i, kind in enumerate(kinds) if kind in ("Tensor", "Optional[Tensor]")]
+    lists = [i for i, kind in enumerate(kinds) if "Tensor" in kind and i not in singles]
+
     def without_gradients(*args: Any) -> Any:
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        tensors += [x for many in args if isinstance(many, (list, tuple)) for x in many if isinstance(x, Tensor)]
+        given = args if len(args) == count else (*args, *[None] * (count - len(args)))  # what is left to its default
+        tensors = [x for i in singles if (x := given[i]) is not None]
+        for i in lists:
+            tensors += [x for x in given[i] or () if x is not None]
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             raise NotImplementedError(f"{short} has no gradient")
         if any_tangent(tensors):
             raise NotImplementedError(f"{short} has no forward-mode gradient")
-        for i in written:
-            if args[i] is not None and not args[i].is_inference():
-                increment_version(args[i])
+        if written:
+            increment_version([x for x in map(args.__getitem__, written) if x is not None and not x.is_inference()])
         with below_autograd():  # nothing between here and `fn` for plain tensors: torch need not look for it again
             return fn(*args) if is_plain(tensors) else op(*args)
 
@@ -122,39 +128,65 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, grid: int, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
-        self._kernel = kernel  # kept, as its id is a part of `launch`'s keys
+        self._kernel, self._grid = kernel, grid  # the kernel is kept, as its id is a part of `launch`'s keys
         compiled = kernel[(grid,)](*arguments, **constants)
-        self._arguments = [*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :])]
+        self._constants = [constants[name] for name in kernel.arg_names[len(arguments) :]]
+        self._arguments = self.arguments(arguments)
         self._slots: list[tuple[int, dict[str, Any] | None]] = []
         for i, x in enumerate(arguments):
             if isinstance(x, Tensor) or isinstance(getattr(x, "base", None), Tensor):
                 described = None if isinstance(x, Tensor) else {**x.__dict__, "base": None}
                 self._slots.append((i, described))
                 self._arguments[i] = None if described is None else type(x)  # keeps no tensor alive
-        self._run = kernel[(grid,)] if INTERPRETED else compiled[(grid, 1, 1)]
+        self.slow = kernel[(grid,)] if INTERPRETED else compiled[(grid, 1, 1)]
+        if not INTERPRETED:
+            self._start, self._function, self._packed = compiled.run, compiled.function, compiled.packed_metadata
+            active = triton.runtime.driver.active
+            self.current_device, self.stream = active.get_current_device, active.get_current_stream
+
+    def arguments(self, given: Sequence[Any]) -> list[Any]:
+        """The arguments with the constants, as `run` takes them."""
+        return [*given, *self._constants]
 
     def again(self, *tensors: Tensor) -> None:
         """Launches the kernel on other tensors, in the order of the first ones, on the current device."""
         arguments = self._arguments.copy()
         for (slot, described), tensor in zip(self._slots, tensors, strict=True):
             arguments[slot] = tensor if described is None else _described(arguments[slot], described, tensor)
-        self._run(*arguments)
+        if INTERPRETED or hooked():
+            self.slow(*arguments)
+        else:
+            self.start(arguments, self.stream(self.current_device()))
+
+    def start(self, arguments: Sequence[Any], stream: int) -> None:
+        """Launches the kernel on the current device, where nobody wants to be told of it, else `slow` does.
+
+        A tensor may be given by its address: the launcher then calls neither Python nor the driver to find it.
+        """
+        self._start(self._grid, 1, 1, stream, self._function, self._packed, None, None, None, *arguments)
+
+
+def hooked() -> bool:
+    """Whether someone (a profiler) wants to be told of launches; without, Triton would still prepare to tell it."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
 
 
 _launches: dict[tuple[Any, ...], Launch] = {}
 
 
-def launch(kernel: Any, grid: int, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
+def launch(kernel: Any, grid: int, arguments: Sequence[Any], constants: dict[str, Any]) -> Launch:
     """Launches a kernel from an opaque op, as a `Launch`, which is kept for all calls of its kind."""
     key = (id(kernel), grid, *map(_kind, arguments), *constants.values())
     known = _launches.get(key)
     if known is not None:
         bases = (x if isinstance(x, Tensor) else getattr(x, "base", None) for x in arguments)
         known.again(*(x for x in bases if isinstance(x, Tensor)))
-        return
+        return known
     if len(_launches) == 1024:
         _launches.clear()
-    _launches[key] = Launch(kernel, grid, arguments, constants)
+    _launches[key] = made = Launch(kernel, grid, arguments, constants)
+    return made
 
 
 def _kind(argument: Any) -> Any:

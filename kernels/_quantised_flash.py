@@ -11,7 +11,7 @@ TILE = 64  # keys
 BLOCK_M = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])  # why: `_hopper_quantised_kernel`
 def kernel(q8, k8, v8, q_scale, kv_scale, out, q_length, length, q_rows, k_rows, H: tl.constexpr,
            GROUP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr,
            BLOCK_M: tl.constexpr, N: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip

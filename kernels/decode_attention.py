@@ -36,9 +36,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._calls import Call, Calls
 from ._decode_attention_kernels import merge_kernel, one_query_kernel, queries_kernel
 from ._gemv_common import launch_options, starts_early
-from ._ops import HAS_TRITON, INTERPRETED, define_opaque_op, launch, no_triton, on_device_of, triton
+from ._ops import HAS_TRITON, INTERPRETED, define_opaque_op, no_triton, triton
 from ._qk_common import DTYPES, Spec, acc_dtype, check_tables, join_pairs, require, split_pairs, table_values
 from ._qk_tile import pow2, table_strides
 
@@ -135,10 +136,24 @@ def _split(size: int, pairs: int) -> int:
     return 1 << (wanted.bit_length() - 1)
 
 
+_calls = Calls()
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key_cache: Tensor,
              value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor, rotary_dim: int,
              interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
              scale: float, early: bool = False) -> Tensor:  # fmt: skip
+    given = (q, k, v, cos, sin, key_cache, value_cache, length, positions, mask)
+    options = (rotary_dim, interleaved, tuple(cos_lanes), tuple(sin_lanes), scale, early)
+    chosen = (_split, BLOCK_N, NUM_WARPS, PROGRAMS, MAX_SPLITS, OWN)
+    return _calls.make(given, (*options, chosen), _first, *given, *options)
+
+
+def _first(call: Call, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key_cache: Tensor,
+           value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor, rotary_dim: int,
+           interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
+           scale: float, early: bool) -> Tensor:  # fmt: skip
+    """The first call of its kind."""
     spec = Spec("none", 0.0, 0.0, rotary_dim, interleaved, cos_lanes, sin_lanes)
     _check(q, k, v, cos, sin, key_cache, value_cache, length, positions, mask, spec)
     if supports(q, k, key_cache) is not None or q.numel() == 0:
@@ -149,9 +164,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
     group, pairs = heads // kv_heads, batch * kv_heads
     rows = 1 if queries * group == 1 else max(pow2(queries * group), 16)
     splits = _split(size, pairs)
-    out = q.new_empty(batch, queries, heads, dim)
-    partial = q.new_empty(pairs, splits, queries * group, dim, dtype=torch.float32)
-    top_total = q.new_empty(pairs, splits, queries * group, 2, dtype=torch.float32)
+    out = call.empty(q.shape, q.dtype)
+    partial = call.empty((pairs, splits, queries * group, dim), torch.float32)
+    top_total = call.empty((pairs, splits, queries * group, 2), torch.float32)
     position = length if length is not None else positions
     assert position is not None
     c0, c1, c2 = cos_lanes if rotary_dim else (0, 0, 0)
@@ -170,18 +185,17 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | 
         **common, "TILES": triton.cdiv(size, BLOCK_N * splits), "R": rotary_dim, "INTERLEAVED": interleaved,
         "C0": c0, "C1": c1, "C2": c2, "S0": s0, "S1": s1, "S2": s2,
     }  # fmt: skip
-    with on_device_of(q):
-        if rows == 1:
-            side = min(NUM_WARPS * 32 * 16 // (lanes * q.element_size()), BLOCK_N)  # 16 bytes of a key for each thread
-            launch(one_query_kernel, pairs * splits, arguments, {
-                **kinds, "DEEP": BLOCK_N // side, "SIDE": side, "OWN": OWN, "num_warps": NUM_WARPS,
-            })  # fmt: skip
-        else:
-            launch(queries_kernel, pairs * splits, arguments, {
-                **kinds, "ROWS": rows, "NEW": 16, "BLOCK_N": BLOCK_N, "WIDE": INTERPRETED,
-                "num_warps": NUM_WARPS if rows <= 16 else 2 * NUM_WARPS,
-            })  # fmt: skip  # the interpreter multiplies bfloat16 as integers
-        launch(merge_kernel, pairs * queries * group, [partial, top_total, out, position], {**common, "SP": splits})
+    if rows == 1:
+        side = min(NUM_WARPS * 32 * 16 // (lanes * q.element_size()), BLOCK_N)  # 16 bytes of a key for each thread
+        call.launch(one_query_kernel, pairs * splits, arguments, {
+            **kinds, "DEEP": BLOCK_N // side, "SIDE": side, "OWN": OWN, "num_warps": NUM_WARPS,
+        })  # fmt: skip
+    else:
+        call.launch(queries_kernel, pairs * splits, arguments, {
+            **kinds, "ROWS": rows, "NEW": 16, "BLOCK_N": BLOCK_N, "WIDE": INTERPRETED,
+            "num_warps": NUM_WARPS if rows <= 16 else 2 * NUM_WARPS,
+        })  # fmt: skip  # the interpreter multiplies bfloat16 as integers
+    call.launch(merge_kernel, pairs * queries * group, [partial, top_total, out, position], {**common, "SP": splits})
     return out
 
 

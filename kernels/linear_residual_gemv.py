@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._gemv_common import launch_options, no_kernel, read_ahead, rows_of, span, starts_early, wait_for_inputs
+from ._calls import Call, Calls
+from ._gemv_common import launch_options, no_kernel, read_ahead, span, starts_early, wait_for_inputs
 from ._gemv_rows import add_product
-from ._ops import INTERPRETED, define_opaque_op, launch, on_device_of, tl, triton
+from ._ops import INTERPRETED, define_opaque_op, tl, triton
 from ._qk_common import acc_dtype, require
 from ._qk_tile import pow2
 from ._whole_rows import MAX_PIECES, whole_rows_kernel
@@ -171,46 +172,56 @@ def _rows_kernel(residual, x1, w1, b1, x2, w2, b2, out, N, M: tl.constexpr, MP: 
     _finish(tl.sum(acc, 0), residual, b1, b2, out, n, row, N, M, BIASED1, BIASED2)
 
 
+_calls = Calls()
+
+
 def _forward(residual: Tensor, x1: Tensor, w1: Tensor, b1: Tensor | None, x2: Tensor | None, w2: Tensor | None,
              b2: Tensor | None, early: bool = False) -> Tensor:  # fmt: skip
+    given = (residual, x1, w1, b1, x2, w2, b2)
+    return _calls.make(given, (early, config, rows_config, in_tiles), _first, *given, early)
+
+
+def _first(call: Call, residual: Tensor, x1: Tensor, w1: Tensor, b1: Tensor | None, x2: Tensor | None,
+           w2: Tensor | None, b2: Tensor | None, early: bool) -> Tensor:  # fmt: skip
+    """The first call of its kind."""
     _check(residual, x1, w1, b1, x2, w2, b2)
     if supports(residual, x1, w1, x2, w2) is not None:
         return reference(residual, x1, w1, b1, x2, w2, b2)
-    base, first = rows_of(residual), rows_of(x1)
-    second = first if x2 is None else rows_of(x2)
-    count, width = (int(n) for n in base.shape)
+    base, first = residual.contiguous(), x1.contiguous()
+    second = first if x2 is None else x2.contiguous()
+    width = int(residual.shape[-1])
+    count = residual.numel() // width
     k1, k2 = int(w1.shape[1]), 0 if w2 is None else int(w2.shape[1])
-    out = residual.new_empty(residual.shape)
+    out = call.empty(residual.shape, residual.dtype)
     arguments = [
         base, first, w1, w1 if b1 is None else b1, second, w1 if w2 is None else w2, w1 if b2 is None else b2, out,
         width,
     ]  # fmt: skip
     common: dict[str, Any] = {"K1": k1, "K2": k2, "BIASED1": b1 is not None, "BIASED2": b2 is not None}
-    with on_device_of(residual):
-        if count == 1 or residual.dtype == torch.float32:
-            chosen = config(width, k1 + k2)
-            early = starts_early(residual, early)
-            columns = chosen.num_warps * 32 * 16 // w1.element_size()  # 16 bytes for each thread
-            if chosen.stages == 0 and (count > 1 or max(k1, k2) >= MAX_PIECES * columns):
-                chosen = in_tiles(width, k1 + k2)
-            programs = triton.cdiv(width, chosen.block_n)
-            common |= {"EARLY": early, "num_warps": chosen.num_warps, **launch_options(early)}
-            if chosen.stages == 0:
-                launch(whole_rows_kernel, programs, arguments, {**common, "BLOCK_N": chosen.block_n, "C": columns})
-                return out
-            ahead = {f"AHEAD{i}": min(chosen.ahead, max(k, 16) * w1.element_size()) for i, k in ((1, k1), (2, k2))}
-            launch(_row_kernel, programs, arguments, {
-                **common, "M": count, "MP": pow2(count), "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
-                "STAGES": chosen.stages, "ALL": width % chosen.block_n == 0, **ahead,
-                **{f"LINES{i}": pow2(-(-ahead[f"AHEAD{i}"] // 128)) for i in (1, 2)},
-            })  # fmt: skip
-        else:
-            chosen = rows_config(width, k1 + k2)
-            launch(_rows_kernel, triton.cdiv(width, chosen.block_n), arguments, {
-                **common, "M": count, "MP": max(pow2(count), 8), "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
-                "STAGES": chosen.stages, "PARTS": chosen.num_warps, "SPAN1": span(k1, chosen.num_warps),
-                "SPAN2": span(k2, chosen.num_warps), "WIDE": INTERPRETED, "num_warps": chosen.num_warps,
-            })  # fmt: skip
+    if count == 1 or residual.dtype == torch.float32:
+        chosen = config(width, k1 + k2)
+        early = starts_early(residual, early)
+        columns = chosen.num_warps * 32 * 16 // w1.element_size()  # 16 bytes for each thread
+        if chosen.stages == 0 and (count > 1 or max(k1, k2) >= MAX_PIECES * columns):
+            chosen = in_tiles(width, k1 + k2)
+        programs = triton.cdiv(width, chosen.block_n)
+        common |= {"EARLY": early, "num_warps": chosen.num_warps, **launch_options(early)}
+        if chosen.stages == 0:
+            call.launch(whole_rows_kernel, programs, arguments, {**common, "BLOCK_N": chosen.block_n, "C": columns})
+            return out
+        ahead = {f"AHEAD{i}": min(chosen.ahead, max(k, 16) * w1.element_size()) for i, k in ((1, k1), (2, k2))}
+        call.launch(_row_kernel, programs, arguments, {
+            **common, "M": count, "MP": pow2(count), "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
+            "STAGES": chosen.stages, "ALL": width % chosen.block_n == 0, **ahead,
+            **{f"LINES{i}": pow2(-(-ahead[f"AHEAD{i}"] // 128)) for i in (1, 2)},
+        })  # fmt: skip
+    else:
+        chosen = rows_config(width, k1 + k2)
+        call.launch(_rows_kernel, triton.cdiv(width, chosen.block_n), arguments, {
+            **common, "M": count, "MP": max(pow2(count), 8), "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k,
+            "STAGES": chosen.stages, "PARTS": chosen.num_warps, "SPAN1": span(k1, chosen.num_warps),
+            "SPAN2": span(k2, chosen.num_warps), "WIDE": INTERPRETED, "num_warps": chosen.num_warps,
+        })  # fmt: skip
     return out
 
 

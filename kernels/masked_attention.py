@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._attention_arguments import check_heads, refusal, require
+from ._calls import Call, Calls
 from ._flash import Band, Config, attend, output
 from ._flash_backward import backward
 from ._ops import define_op, define_opaque_op
@@ -177,20 +178,33 @@ def _ranges(key_keep: Tensor | None, key_range: Tensor | None) -> tuple[Tensor |
     return key_keep.contiguous(), _key_range(key_keep) if key_range is None else key_range
 
 
+_calls = Calls()
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None, left: int | None,
     right: int | None, scale: float, softcap: float = 0.0, sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    given = (q, k, v, key_keep, key_range, sinks)
+    options = (left, right, scale, softcap, CONFIGS.get(q.shape[-1]) if q.shape else None)
+    return _calls.make(given, options, _first, *given, Band(left, right), scale, softcap)
+
+
+def _first(
+    call: Call, q: Tensor, k: Tensor, v: Tensor, key_keep: Tensor | None, key_range: Tensor | None,
+    sinks: Tensor | None, band: Band, scale: float, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The first call of its kind."""
     _check(q, k, v, key_keep, softcap, sinks)
     if q.numel() == 0:  # on a GPU SDPA may return None
         return output(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=_wide(q))
     if supports(q, k, v, scale, softcap) is not None:
-        return reference(q, k, v, key_keep, key_range, left, right, scale, softcap, sinks)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        return reference(q, k, v, key_keep, key_range, band.left, band.right, scale, softcap, sinks)
+    lse = call.empty(q.shape[:3], torch.float32)
     config = CONFIGS[int(q.shape[3])][0]
     sinks = None if sinks is None else sinks.contiguous()
-    out = attend(q, k, v, *_ranges(key_keep, key_range), Band(left, right), scale, config, lse, softcap, sinks)
-    return out.transpose(1, 2), lse
+    out = attend(call, q, k, v, *_ranges(key_keep, key_range), band, scale, config, lse, softcap, sinks)
+    return out, lse
 
 
 def _fake(

@@ -31,10 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._gemv_common import ACTIVATIONS, activated, launch_options, no_kernel, rows_of, span, starts_early
+from ._calls import Call, Calls
+from ._gemv_common import ACTIVATIONS, activated, launch_options, no_kernel, span, starts_early
 from ._gemv_rows import normalise
 from ._norm_linear_kernels import row_kernel, rows_kernel
-from ._ops import INTERPRETED, define_opaque_op, launch, on_device_of, triton
+from ._ops import INTERPRETED, define_opaque_op, triton
 from ._qk_common import acc_dtype, require
 from ._qk_tile import pow2
 
@@ -146,39 +147,51 @@ def _shares(sizes: list[int], chosen: Config) -> list[int]:
     return [max(min(count, round(chosen.programs * count / sum(blocks))), 1) for count in blocks]
 
 
+_calls = Calls()
+
+
 def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
              norm_weights: Sequence[Tensor | None], norm_biases: Sequence[Tensor | None], norm: str, eps: float,
              weight_offset: float, activations: str, gated: bool, early: bool = False) -> list[Tensor]:  # fmt: skip
+    given = (x, *weights, *biases, *norm_weights, *norm_biases)
+    lists = (weights, biases, norm_weights, norm_biases)
+    options = (norm, eps, weight_offset, activations, gated, early)
+    return _calls.make(given, (*options, *map(len, lists), config, rows_config), _first, x, *lists, *options)
+
+
+def _first(call: Call, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+           norm_weights: Sequence[Tensor | None], norm_biases: Sequence[Tensor | None], norm: str, eps: float,
+           weight_offset: float, activations: str, gated: bool, early: bool) -> list[Tensor]:  # fmt: skip
+    """The first call of its kind."""
     _check(x, weights, biases, norm_weights, norm_biases, norm, activations, gated)
     uneven = any((v is None) != (w[0] is None) for w in (norm_weights, norm_biases) for v in w)
     if uneven or supports(x, weights) is not None:
         return reference(x, weights, biases, norm_weights, norm_biases, norm, eps, weight_offset, activations, gated)
-    outputs = [x.new_empty(*x.shape[:-1], w.shape[0]) for w in (weights[:1] if gated else weights)]
-    given = (rows_of(x), weights, biases, norm_weights, norm_biases, norm, eps, weight_offset, activations.split(","))
-    with on_device_of(x):
-        if given[0].shape[0] == 1 or x.dtype == torch.float32:
-            _row(*given, gated, outputs, starts_early(x, early))
-        else:
-            _rows(*given, gated, outputs)
+    outputs = [call.empty((*x.shape[:-1], w.shape[0]), x.dtype) for w in (weights[:1] if gated else weights)]
+    given = (weights, biases, norm_weights, norm_biases, norm, eps, weight_offset, activations.split(","))
+    if x.numel() == x.shape[-1] or x.dtype == torch.float32:
+        _row(call, x.contiguous(), *given, gated, outputs, starts_early(x, early))
+    else:
+        _rows(call, x.contiguous(), *given, gated, outputs)
     return outputs
 
 
-def _row(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+def _row(call: Call, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
          norm_weights: Sequence[Tensor | None], norm_biases: Sequence[Tensor | None], norm: str, eps: float,
          weight_offset: float, names: list[str], gated: bool, outputs: list[Tensor], early: bool) -> None:  # fmt: skip
-    width, chosen = int(rows.shape[1]), config(int(rows.shape[1]), gated)
+    width, chosen = int(x.shape[-1]), config(int(x.shape[-1]), gated)
     shares = _shares([int(y.shape[-1]) for y in outputs], chosen)
     once = sum(shares) == sum(_shares([int(y.shape[-1]) for y in outputs], chosen._replace(programs=0)))
-    arguments: list[Any] = [rows, eps, weight_offset]
+    arguments: list[Any] = [x, eps, weight_offset]
     for j in range(MAX_WEIGHTS):
         i = j if j < len(weights) else 0
-        arguments += [weights[i], _or(biases[i], rows), _or(norm_weights[i], rows), _or(norm_biases[i], rows)]
+        arguments += [weights[i], _or(biases[i], x), _or(norm_weights[i], x), _or(norm_biases[i], x)]
         used = j < len(outputs)
-        arguments += [outputs[j], outputs[j].shape[-1], shares[j]] if used else [rows, 0, 0]
-    ahead = min(chosen.ahead, width * rows.element_size())
-    limit = {"maxnreg": chosen.maxnreg} if chosen.maxnreg and rows.element_size() == 2 and not torch.version.hip else {}
-    launch(row_kernel, sum(shares), arguments, {
-        "WEIGHTS": len(outputs), **_kinds(biases, names), "M": int(rows.shape[0]), "K": width, "KP": pow2(width),
+        arguments += [outputs[j], outputs[j].shape[-1], shares[j]] if used else [x, 0, 0]
+    ahead = min(chosen.ahead, width * x.element_size())
+    limit = {"maxnreg": chosen.maxnreg} if chosen.maxnreg and x.element_size() == 2 and not torch.version.hip else {}
+    call.launch(row_kernel, sum(shares), arguments, {
+        "WEIGHTS": len(outputs), **_kinds(biases, names), "M": x.numel() // width, "K": width, "KP": pow2(width),
         "NORM": norm, "SCALED": norm_weights[0] is not None, "SHIFTED": norm_biases[0] is not None, "GATED": gated,
         "BLOCK_N": chosen.block_n, "STAGES": 1 if once else 0 if INTERPRETED else max(chosen.stages, 2),
         "AHEAD": ahead, "LINES": pow2(-(-ahead // 128)), "EARLY": early, "num_warps": chosen.num_warps,
@@ -186,20 +199,19 @@ def _row(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
     })  # fmt: skip
 
 
-def _rows(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
+def _rows(call: Call, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None],
           norm_weights: Sequence[Tensor | None], norm_biases: Sequence[Tensor | None], norm: str, eps: float,
           weight_offset: float, names: list[str], gated: bool, outputs: list[Tensor]) -> None:  # fmt: skip
-    count, width = (int(n) for n in rows.shape)
+    width = int(x.shape[-1])
+    count = x.numel() // width
     norms = list(zip(norm_weights, norm_biases, strict=True))[: len(outputs)]
     same = all(w is norms[0][0] and b is norms[0][1] for w, b in norms)
     different = norms[:1] if same else norms
-    inputs = [rows]
+    inputs = [x]
     if norm != "none" or norms[0] != (None, None):
-        inputs = list(rows.new_empty(len(different), count, width))
-        vectors = [
-            _or(v, rows) for pair in (*different, *[different[0]] * (MAX_WEIGHTS - len(different))) for v in pair
-        ]
-        launch(normalise, len(different) * count, [rows, eps, weight_offset, *vectors, inputs[0], count], {
+        inputs = call.rows(call.empty((len(different), count, width), x.dtype))
+        vectors = [_or(v, x) for pair in (*different, *[different[0]] * (MAX_WEIGHTS - len(different))) for v in pair]
+        call.launch(normalise, len(different) * count, [x, eps, weight_offset, *vectors, inputs[0], count], {
             "K": width, "KP": pow2(width), "NORM": norm, "SCALED": norms[0][0] is not None,
             "SHIFTED": norms[0][1] is not None, "num_warps": 4 if width <= 2048 else 8,
         })  # fmt: skip
@@ -208,10 +220,10 @@ def _rows(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     arguments: list[Any] = []
     for j in range(MAX_WEIGHTS):
         i = j if j < len(weights) else 0
-        arguments += [inputs[j] if j < len(inputs) else inputs[0], weights[i], _or(biases[i], rows)]
-        arguments += [outputs[j], outputs[j].shape[-1]] if j < len(outputs) else [rows, 0]
+        arguments += [inputs[j] if j < len(inputs) else inputs[0], weights[i], _or(biases[i], x)]
+        arguments += [outputs[j], outputs[j].shape[-1]] if j < len(outputs) else [x, 0]
         arguments += [tiles[j] if j < len(tiles) else 0] if j < MAX_WEIGHTS - 1 else []
-    launch(rows_kernel, sum(tiles), arguments, {
+    call.launch(rows_kernel, sum(tiles), arguments, {
         "WEIGHTS": len(outputs), **_kinds(biases, names), "M": count, "MP": max(pow2(count), 8), "K": width,
         "GATED": gated, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k, "PARTS": chosen.num_warps,
         "SPAN": span(width, chosen.num_warps), "STAGES": chosen.stages, "WIDE": INTERPRETED,

@@ -39,6 +39,10 @@ from torch_fuse.rewrite.view import GraphView
 
 # A product of wider rows takes longer by more than the passes, when it is 20 % slower than the GEMM library's.
 MAX_INNER = 1536
+# Below that, the kernel that computes the coefficients, which Inductor has in that of the combination, costs what is
+# won: blocks of 0.13 and 0.5 M elements take 1.02 times Inductor's time, of 2.1 M 0.93 and 1.0, of 6.3 M and more 0.93
+# to 0.97.
+MIN_SIZE = 1 << 21
 # Fewer rows, and the call is bound by launches, of which there is one in either case.
 MIN_ROWS = 256
 
@@ -83,6 +87,9 @@ class AttentionSkip(Pattern):
         if not options.unmeasured:
             with no_guards(match.bindings["fake_mode"]):
                 reason = linear_skip.unmeasured(_operands(skip), _spec(skip))
+            size = math.prod(size_hint(n, 1) for n in tensor(skip.x).shape)  # type: ignore[union-attr]
+            if reason is None and size < MIN_SIZE:
+                reason = f"{size} elements; it pays from {MIN_SIZE} on"
             if reason is not None:
                 return f"the combination in the product's epilogue is not measured to win: {reason}"
         return _no_profit(skip)

@@ -261,6 +261,8 @@ def test_where_it_is_not_measured_it_wants_the_option(monkeypatch: pytest.Monkey
     assert (status, reason) == ("kept", unmeasured + "the device is no NVIDIA GPU")
     assert decision(examples.rcm)[0] == "fused"
     monkeypatch.setattr("torch_fuse.kernels._linear_skip_hopper.cannot_take", lambda *_: None)
+    assert decision(examples.rcm, AUTO)[1] == unmeasured + f"{256 * examples.C} elements; it pays from 2097152 on"
+    monkeypatch.setattr("torch_fuse.patterns.attention_skip.MIN_SIZE", 1)
     assert decision(examples.rcm, AUTO)[0] == "fused"
     status, reason, _ = decision(examples.dit_gate, AUTO)
     assert (status, reason) == ("kept", unmeasured + "a coefficient has a value for each sample or token and lane")

@@ -66,6 +66,32 @@ def test_on_a_device_without_fp8_it_is_kept_with_the_reason() -> None:
     assert any("not in 8 bits" in site.reason and "cpu" in site.reason for site in rewriter.report.sites)
 
 
+@pytest.mark.parametrize(
+    ("dim", "is_causal", "length", "reason"),
+    [
+        (128, False, 16384, None),
+        (128, False, 16383, "as fast for head_dim 128, not causal of length 16383; it pays from 16384 on"),
+        (128, True, 32768, "as fast for head_dim 128, causal"),
+        (64, False, 32768, "as fast for head_dim 64, not causal"),
+    ],
+)
+@pytest.mark.parametrize("hopper", [True, False])
+def test_the_option_alone_takes_what_was_measured_to_win(
+    dim: int, is_causal: bool, length: int, reason: str | None, hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "supports", lambda *args: None)
+    monkeypatch.setattr(module, "hopper_config", lambda q: module.HOPPER[dim] if hopper else None)
+    monkeypatch.setattr("torch_fuse.patterns.quantised_attention.MEASURED", True)
+    rewriter = Rewriter(Options(lossy=("attention",), only=(PATTERN,)))
+    q = torch.empty(1, 1, length, dim, dtype=torch.bfloat16, device="meta")
+    rewritten(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=is_causal), rewriter)(q)
+    (site,) = (site for site in rewriter.report.sites if site.pattern == PATTERN)
+    if hopper and reason is None:
+        assert site.status == "fused"
+    else:
+        assert site.status == "kept" and (reason if hopper else "measured on Hopper") in site.reason
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

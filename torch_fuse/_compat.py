@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = [
     "FakeTensorMode",
     "ShapeEnv",
+    "allocator",
     "any_tangent",
     "below_autograd",
     "cache_directory",
@@ -36,6 +37,7 @@ __all__ = [
     "op_overload",
     "outside_tracing",
     "real_input",
+    "same_metadata",
     "sdpa_pick",
     "sdpa_settings",
     "trace_artifact",
@@ -52,11 +54,34 @@ cudnn_attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 flash_attention = torch.ops.aten._scaled_dot_product_flash_attention.default
 
 
+def allocator(device: torch.device) -> Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]:
+    """`torch.empty_strided` on a device, the current one, as Inductor's code calls it: in a third of the time."""
+    found = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+    if device.type in ("cpu", "cuda") and found is not None:
+        return cast("Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]", found)
+    return lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether no mode, function transform or subclass has a say in what an op on these tensors does."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    return _PLAIN.issuperset(map(type, tensors))
+
+
+def same_metadata(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:
+    """Tells whether as many other tensors have the same types, shapes, strides, dtypes and devices in turn.
+
+    None may be there twice. Dynamo's own check, which takes a tenth of the time of comparing them in Python. It also
+    tells tensors with `requires_grad` from those without, and does not keep the tensors.
+    """
+    sizes: Any = [list(x.shape) for x in tensors]
+    strides: Any = [list(x.stride()) for x in tensors]
+    checks = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    return cast("Callable[..., bool]", checks.check)
 
 
 def any_tangent(tensors: Sequence[torch.Tensor]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +16,7 @@ from in_interpreter import passes_in_interpreter
 from test_gemv import compiled
 from torch import Tensor
 
-from torch_fuse.kernels import _ops
+from torch_fuse.kernels import _calls, _ops
 
 module = importlib.import_module("torch_fuse.kernels.decode_attention")
 op, reference, supports = module.decode_attention, module.reference, module.supports
@@ -170,7 +171,8 @@ def test_one_query_waits_for_the_memory_and_not_for_other_threads(early: bool, m
     launches: list[Any] = []
     monkeypatch.setattr(module, "supports", lambda *_: None)
     monkeypatch.setattr(module, "starts_early", lambda _, asked: asked)
-    monkeypatch.setattr(module, "launch", lambda *given: launches.append(given))
+    not_kept = SimpleNamespace(arguments=lambda _: [object()])
+    monkeypatch.setattr(_calls, "launch", lambda *given: launches.append(given) or not_kept)
     given = arguments(Case(torch.float16, dim=80, rotary=20, size=1024))
     module._forward(*(x.cpu() if isinstance(x, Tensor) else x for x in given), early)
     (kernel, grid, values, constants), (merge, _, merged, others) = launches

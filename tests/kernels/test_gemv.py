@@ -6,6 +6,7 @@ Run with TRITON_INTERPRET=1 the same tests go through the Triton kernels; test_k
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from in_interpreter import passes_in_interpreter
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from torch_fuse.kernels import _ops
+from torch_fuse.kernels import _calls, _ops
 
 norm_linear = importlib.import_module("torch_fuse.kernels.norm_linear_gemv")
 residual = importlib.import_module("torch_fuse.kernels.linear_residual_gemv")
@@ -111,15 +112,25 @@ def test_linear_residual(case: Any, tiles: bool, dtype: torch.dtype, monkeypatch
     check(residual.linear_residual_gemv, residual.reference, residual_arguments(dtype, *case), dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_another_call_of_the_same_kind_reads_its_own_tensors(rows: int) -> None:
+    for seed in range(3):
+        x, *rest = norm_linear_arguments(torch.float16, rows, 48, [10, 33], "layer", "none,gelu")
+        check(norm_linear.norm_linear_gemv, norm_linear.reference, (x + seed, *rest), torch.float16)
+        x, *rest = residual_arguments(torch.float16, rows, 16, 64, 0, True)
+        check(residual.linear_residual_gemv, residual.reference, (x + seed, *rest), torch.float16)
+
+
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="compiles for a GPU")
 @pytest.mark.parametrize("rows", [1, 4])
 def test_the_launches_compile_for_hopper(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: loads of 16 bytes, tensor cores for several rows, and every program waits for its inputs once."""
     launches: list[Any] = []
+    not_kept = SimpleNamespace(arguments=lambda _: [object()])
+    monkeypatch.setattr(_calls, "launch", lambda *given: launches.append(given) or not_kept)
     for module in (norm_linear, residual):
         monkeypatch.setattr(module, "supports", lambda *_: None)
         monkeypatch.setattr(module, "starts_early", lambda _, asked: asked)
-        monkeypatch.setattr(module, "launch", lambda *given: launches.append(given))
     norm_linear._forward(*norm_linear_arguments(torch.float16, rows, 1024, [64, 32], "layer", "none,gelu"), True)
     residual._forward(*residual_arguments(torch.float16, rows, 64, 1024, 2048, True), True)
     assert len(launches) == (2 if rows == 1 else 3)
