@@ -114,10 +114,8 @@ def configurations(shape: tuple[int, ...]) -> list[Any]:
         return [one._replace(turns=True), one, pair, pair._replace(turns=True)]
     if dim == 80:
         return [single, pair._replace(turns=True)]
-    three, narrow = hopper.Config(3, 128, 2, 160), hopper.Config(3, 64, 4, 160, programs=1, deep=True)
-    deep = one._replace(stages=3, deep=True)
-    found = [three._replace(stages=3, programs=1, turns=True), deep._replace(turns=True), three, deep, narrow]
-    found += [narrow._replace(stages=3, turns=True), one._replace(turns=True), single]
+    three = hopper.Config(3, 128, 2, 160)
+    found = [three._replace(stages=3, programs=1, turns=True), one._replace(turns=True), three, single]
     return [*found, hopper.Config(1, 64, 4, maxnreg=80)] if causal else found
 
 

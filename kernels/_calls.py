@@ -63,7 +63,7 @@ class Call:
         if not self._launches or not all(0 <= i < len(self._new) for i in results):
             return None
         constants: list[Any] = []
-        launches = []
+        launches: list[tuple[Launch, Pick]] = []
         for made, arguments in self._launches:
             places = []
             for x in made.arguments(arguments):

@@ -154,6 +154,22 @@ def _consume(TEAM: gl.constexpr, pointers, places, barriers, planes, M, N, m, fi
 
 
 @gluon.jit
+def _work(ROLE: gl.constexpr, x, codes, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part,
+          BITS: gl.constexpr, CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, MULTIPLY: gl.constexpr,
+          SCALED: gl.constexpr, HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr,
+          GROUP: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr, BIASED: gl.constexpr, DTYPE: gl.constexpr,
+          CODES: gl.constexpr, HALVES: gl.constexpr, TEAMS: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr,
+          STAGES: gl.constexpr, WIDTH: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    """What a group of warps does."""
+    if ROLE < TEAMS:
+        _consume(ROLE, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
+                 CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED, DTYPE,
+                 CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)  # fmt: skip
+    else:
+        _produce(x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES, EARLY)
+
+
+@gluon.jit
 def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABLE: gl.constexpr,
            CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, MULTIPLY: gl.constexpr, SCALED: gl.constexpr,
            HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
@@ -193,55 +209,13 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     places = (x_s, w_s)
     barriers = (full, empty)
     pointers = (scale, zero, bias, out)
-    # one launch for each number of groups: constants have to be named in each call
-    if TEAMS == 1:
-        gl.warp_specialize([
-            (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
-                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES,
-                        EARLY)),
-        ], [1], [24])  # fmt: skip
-    elif TEAMS == 2:
-        gl.warp_specialize([
-            (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
-                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_consume, (1, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
-                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES,
-                        EARLY)),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
-    elif TEAMS == 3:
-        gl.warp_specialize([
-            (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
-                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_consume, (1, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
-                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_consume, (2, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
-                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES,
-                        EARLY)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
-    else:
-        gl.static_assert(TEAMS == 4)
-        gl.warp_specialize([
-            (_consume, (0, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
-                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_consume, (1, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
-                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_consume, (2, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
-                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_consume, (3, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS, CONVERT,
-                        CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS, BIASED,
-                        DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES)),
-            (_produce, (x, codes, places, barriers, m, first_n, first, steps, TEAMS, BLOCK_M, WIDTH, TILE, STAGES,
-                        EARLY)),
-        ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_work, (role, x, codes, pointers, places, barriers, planes, M, N, m, first_n, first, steps, part, BITS,
+                     CONVERT, CONVERT_OPERANDS, MULTIPLY, SCALED, HIGH_FIRST, RUN, K, ROWS, GROUP, COMPUTE, ZEROS,
+                     BIASED, DTYPE, CODES, HALVES, TEAMS, BLOCK_M, TILE, STAGES, WIDTH, EARLY))
+            for role in (0, 1, 2, 3, 4)[: TEAMS + 1]
+        ],
+        [4] * (TEAMS - 1) + [1],
+        [REGISTERS] * (TEAMS - 1) + [24],
+    )  # fmt: skip

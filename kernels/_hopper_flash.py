@@ -31,7 +31,7 @@ class Config(NamedTuple):
 
     Registers a thread: of a group, and by how many the launch is limited, which sets how many programs share an SM.
     `programs` is how many an SM gets, which then take one tile of queries after the other; None: one for each tile.
-    `turns`: the groups start their products in turn. `deep`: scores are multiplied under the exponentials before.
+    `turns`: the groups start their products in turn.
     """
 
     groups: int = 2
@@ -41,14 +41,13 @@ class Config(NamedTuple):
     maxnreg: int | None = None
     programs: int | None = None
     turns: bool = False
-    deep: bool = False
 
 
 def constants(config: Config) -> dict[str, Any]:
     """The kernel's constants that are the configuration's, and options of the compiler."""
     return {
         "GROUPS": config.groups, "N": config.block_n, "STAGES": config.stages, "REGISTERS": config.registers,
-        "TURNS": config.turns, "DEEP": config.deep,
+        "TURNS": config.turns,
         "num_warps": 4, **({} if config.maxnreg is None else {"maxnreg": config.maxnreg}),
     }  # fmt: skip
 

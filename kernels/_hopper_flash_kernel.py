@@ -49,11 +49,10 @@ def _store(at, acc, inverse, first, q_length, H: gl.constexpr, FROM: gl.constexp
 @gluon.jit
 def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: gl.constexpr, CAUSAL: gl.constexpr,
              D1: gl.constexpr, D2: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-             TURNS: gl.constexpr, DEEP: gl.constexpr):  # fmt: skip
+             TURNS: gl.constexpr):  # fmt: skip
     """64 queries of one item after the other against all their keys.
 
     TURNS: the groups start their products in turn, so that one's exponentials run under the others' products.
-    DEEP: the scores of a tile are multiplied under the exponentials of the tile before.
 
     That nobody waits for ever is proved in docs/notes/attention.md.
     """
@@ -101,20 +100,7 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
         elif tiles * N > length:
             s = gl.where(key[None, :] < length, s, -float("inf"))
         x, shift, decay = shifted(s, gl.full([64], -float("inf"), gl.float32, rows), log2_scale, N)
-        if DEEP:
-            mbarrier.wait(k_full.index(k_stage), k_phase, pred=tiles > 1)
-            # Of the last tile on, these are of keys that nobody needs: a product must not depend on a condition.
-            scores = _multiply_scores(q1, q2, k1_s, k2_s, k_stage, s_layout, D1, D2, N)
         p, total = weights(x, N)
-        if DEEP:
-            total = add_before(gl.zeros_like(total), decay, total)
-            s = warpgroup_mma_wait(0, deps=[scores])
-            if tiles > 1:
-                arrive(K_EMPTY + k_stage, THREADS, 4)
-                k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
-            if CAUSAL and GROUPS * 64 > N:
-                s = masked(s, tiles, 1, first, index, col, N)
-            x, shift, decay = shifted(s, shift, log2_scale, N)
         p1 = gl.convert_layout(p.to(dtype), p_layout1)
         p2 = p1
         acc1 = gl.zeros([64, D1], gl.float32, layout=layout1)
@@ -122,7 +108,7 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
             acc2 = gl.zeros([64, D2], gl.float32, layout=layout2)
             p2 = gl.convert_layout(p.to(dtype), p_layout2)
         for t in range(1, tiles):
-            mbarrier.wait(k_full.index(k_stage), k_phase, pred=not DEEP or t + 1 < tiles)
+            mbarrier.wait(k_full.index(k_stage), k_phase)
             mbarrier.wait(v_full.index(v_stage), v_phase)
             if TURNS:
                 meet(TURN + GROUP, 256, 4)
@@ -132,17 +118,14 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
                 sums2 = warpgroup_mma(p2, v2_s.index(v_stage).reshape([N, D2]), acc2, is_async=True)
             if TURNS:
                 arrive(TURN + (GROUP + 1) % GROUPS, 256, 4)
-            if not DEEP:
-                s = warpgroup_mma_wait(PRODUCTS, deps=[scores])
-                arrive(K_EMPTY + k_stage, THREADS, 4)
-                k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
-                if CAUSAL and GROUPS * 64 > N:
-                    s = masked(s, tiles, t, first, index, col, N)
-                x, shift, decay = shifted(s, shift, log2_scale, N)
+            s = warpgroup_mma_wait(PRODUCTS, deps=[scores])
+            arrive(K_EMPTY + k_stage, THREADS, 4)
+            k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
+            if CAUSAL and GROUPS * 64 > N:
+                s = masked(s, tiles, t, first, index, col, N)
+            x, shift, decay = shifted(s, shift, log2_scale, N)
             p, sums = weights(x, N)
             total = add_before(total, decay, sums)
-            if DEEP:
-                s = warpgroup_mma_wait(0, deps=[scores])
             if D2 > 0:
                 acc1, acc2, p1, p2 = warpgroup_mma_wait(0, deps=[sums1, sums2, p1, p2])
                 acc2 = decayed(acc2, decay, D2 // 2)
@@ -153,13 +136,6 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
             v_stage, v_phase = next_stage(v_stage, v_phase, STAGES)
             p1 = gl.convert_layout(p.to(dtype), p_layout1)
             acc1 = decayed(acc1, decay, D1 // 2)
-            if DEEP:
-                if t + 1 < tiles:
-                    arrive(K_EMPTY + k_stage, THREADS, 4)
-                    k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
-                if CAUSAL and GROUPS * 64 > N:
-                    s = masked(s, tiles, t + 1, first, index, col, N)
-                x, shift, decay = shifted(s, shift, log2_scale, N)
         q_phase ^= 1
         mbarrier.arrive(q_empty.index(GROUP), count=1)
         mbarrier.wait(v_full.index(v_stage), v_phase)
@@ -184,10 +160,10 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
 @gluon.jit
 def _work(ROLE: gl.constexpr, tensors, out, log2_scale, buffers, barriers, sizes, H: gl.constexpr,
           HEADS_OF_KEY: gl.constexpr, CAUSAL: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, GROUPS: gl.constexpr,
-          N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, DEEP: gl.constexpr):  # fmt: skip
+          N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
     """What a group of warps does."""
     if ROLE < GROUPS:
-        _consume(ROLE, out, log2_scale, buffers, barriers, sizes, H, CAUSAL, D1, D2, GROUPS, N, STAGES, TURNS, DEEP)
+        _consume(ROLE, out, log2_scale, buffers, barriers, sizes, H, CAUSAL, D1, D2, GROUPS, N, STAGES, TURNS)
     else:
         produce(tensors, buffers, barriers, sizes, H, HEADS_OF_KEY, CAUSAL, D2, GROUPS, N, STAGES)
 
@@ -196,7 +172,7 @@ def _work(ROLE: gl.constexpr, tensors, out, log2_scale, buffers, barriers, sizes
 def kernel(q1, q2, k1, k2, v1, v2, out, batch, q_length, length, log2_scale, together, H: gl.constexpr,
            HEADS_OF_KEY: gl.constexpr, CAUSAL: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
            GROUPS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-           TURNS: gl.constexpr, DEEP: gl.constexpr):  # fmt: skip
+           TURNS: gl.constexpr):  # fmt: skip
     """Tiles of 64 * GROUPS queries of one head each, one after the other."""
     items = gl.cdiv(q_length, 64 * GROUPS) * batch * H
     first_item = gl.program_id(0)
@@ -212,7 +188,6 @@ def kernel(q1, q2, k1, k2, v1, v2, out, batch, q_length, length, log2_scale, tog
         v2_s = gl.allocate_shared_memory(q1.dtype, [STAGES] + v2.block_type.shape, v2.layout)
     gl.static_assert(FIRST_NAME + 2 * STAGES + (GROUPS if TURNS else 0) <= 16, "a processor has 16 barriers")
     gl.static_assert(GROUPS > 1 or not TURNS, "a group of its own has no turns")
-    gl.static_assert(STAGES > 1 or not DEEP, "values of a tile behind keys two tiles later")
     q_full, q_empty = barrier_ring(GROUPS, 1), barrier_ring(GROUPS, 1)
     k_full, v_full = barrier_ring(STAGES, 1), barrier_ring(STAGES, 1)
     fence_async_shared()
@@ -224,7 +199,7 @@ def kernel(q1, q2, k1, k2, v1, v2, out, batch, q_length, length, log2_scale, tog
     gl.warp_specialize(
         [
             (_work, (role, tensors, out, log2_scale, buffers, barriers, sizes, H, HEADS_OF_KEY, CAUSAL, D1, D2, GROUPS,
-                     N, STAGES, TURNS, DEEP))
+                     N, STAGES, TURNS))
             for role in (0, 1, 2, 3)[: GROUPS + 1]
         ],
         [4] * (GROUPS - 1) + [1],

@@ -91,7 +91,7 @@ def _fake(
     return x.new_empty((*x.shape[:-1], n))
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     x, codes, scale, zero, lut, _, *fields = inputs
     for name, part in (("scale", scale), ("zero", zero), ("lut", lut), ("codes", codes)):
         if part is not None and part.requires_grad:
@@ -100,7 +100,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.form, ctx.dtype = Format(*fields), x.dtype
 
 
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad):
     codes, scale, zero, lut = ctx.saved_tensors
     through = grad
     grads = [None] * 14

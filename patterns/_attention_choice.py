@@ -183,8 +183,8 @@ def measure(site: Site, candidates: Sequence[Candidate] | None = None) -> Measur
     cotangent = torch.randn_like(baseline()) if site.gradients else None
     run = functools.partial(_run, leaves=tensors, cotangent=cotangent)
     q, k, v = tensors
-    heads = (x.repeat_interleave(site.repetition, 1) if site.repetition > 1 else x for x in (k, v))
-    pick = sdpa_pick(q, *heads, site.is_causal, site.scale, site.gqa)
+    k, v = (x.repeat_interleave(site.repetition, 1) if site.repetition > 1 else x for x in (k, v))
+    pick = sdpa_pick(q, k, v, site.is_causal, site.scale, site.gqa)
     wanted, sample = run(baseline), Sample(tensors, site)
     if not bool(wanted[0].isfinite().all()):
         raise RuntimeError("PyTorch's own result is not finite")

@@ -291,17 +291,17 @@ def _codes(leaf: Node, shape: tuple[int, int]) -> Iterator[tuple[Part, int, str,
         for steps in _laid_out(tuple(found.shape), n):
             for dtype, kind in ((torch.int8, "int"), (torch.uint8, "uint"), *_FP8.items()):
                 if found.dtype == dtype or found.dtype == torch.uint8:
-                    view = () if found.dtype == dtype else (("view", dtype),)
-                    yield Part(0, (*view, *steps)), 8, kind, "low"
+                    seen: Steps = () if found.dtype == dtype else (("view", dtype),)
+                    yield Part(0, (*seen, *steps)), 8, kind, "low"
     elif 2 * whole == n * k:
-        view, size = (), tuple(found.shape)
+        size = tuple(found.shape)
+        view: Steps = () if found.dtype == torch.uint8 else (("view", torch.uint8),)
+        layouts: list[Steps] = []
         if found.dtype == torch.int32:
-            view, size = (("view", torch.uint8), ("unflatten", -1, (size[-1], 4))), (*size, 4)
-            layouts = [(("permute", 1, 0, 2),)] if size[:1] + size[2:] == (k // 8, 4) else []
-            layouts += list(_laid_out(size, n))
-        else:
-            view = () if found.dtype == torch.uint8 else (("view", torch.uint8),)
-            layouts = list(_laid_out(size, n))
+            view, size = (*view, ("unflatten", -1, (size[-1], 4))), (*size, 4)
+            if size[:1] + size[2:] == (k // 8, 4):
+                layouts = [(("permute", 1, 0, 2),)]
+        layouts += _laid_out(size, n)
         runs = [(*steps, ("unflatten", -1, (-1, run))) for steps in layouts for run in _RUNS if size[-1] > run]
         places = {
             "low": layouts,

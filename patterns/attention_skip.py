@@ -88,7 +88,9 @@ class AttentionSkip(Pattern):
         if not options.unmeasured:
             with no_guards(match.bindings["fake_mode"]):
                 reason = linear_skip.unmeasured(_operands(skip), _spec(skip))
-            size = math.prod(size_hint(n, 1) for n in tensor(skip.x).shape)  # type: ignore[union-attr]
+            x = tensor(skip.x)
+            assert x is not None
+            size = math.prod([size_hint(n, 1) for n in x.shape])
             if reason is None and size < MIN_SIZE:
                 reason = f"{size} elements; it pays from {MIN_SIZE} on"
             if reason is not None:

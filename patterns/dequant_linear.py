@@ -150,7 +150,7 @@ def _read(match: Match) -> tuple[Closure, Reading]:
             assert scale is not None
             output = (1 if scale.numel() == product.shape[0] else product.shape[0], str(scale.dtype).partition(".")[2])
             match.bindings["reading"] = peeled, read(peeled, product.shape, product.transposed, output)
-            return match.bindings["reading"]  # type: ignore[no-any-return]
+            return match.bindings["reading"]
         try:
             match.bindings["reading"] = peeled, read(peeled, product.shape, product.transposed)
         except Miss:

@@ -206,7 +206,7 @@ _SPELLINGS: dict[str, Block] = {
     "bias_added_later": lambda m, x: m.down(_gelu(x @ m.bare.weight.T + m.up.bias)),
     "views_around": lambda m, x: m.down(_gelu(m.up(x).view(-1, 24)).view(2, 5, 24)),
     "dropout_behind": lambda m, x: m.down(F.dropout(_gelu(m.up(x)), 0.1, training=False)),
-    "dtype_read_elsewhere": lambda m, x: (lambda y: (m.down(_gelu(y)), x.float().type_as(y)))(m.up(x)),
+    "only_its_type_read_elsewhere": lambda m, x: (lambda y: (m.down(_gelu(y)), x.float().type_as(y)))(m.up(x)),
 }
 
 

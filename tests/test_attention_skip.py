@@ -463,7 +463,7 @@ def compared(spelled: Spelling, grad: bool = True) -> Any:
     return compare(model, [x.requires_grad_(grad) for x in inputs], grad=grad, options=OPTIONS, dynamic=spelled.dynamic)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(spellings())
 def test_every_spelling_fires_and_agrees(spelled: Spelling) -> None:
     result = compared(spelled)
@@ -475,7 +475,7 @@ def test_every_spelling_fires_and_agrees(spelled: Spelling) -> None:
 def test_one_change_of_meaning_is_never_lost(mutation: str) -> None:
     writes = mutation.endswith("_written")  # a backward pass would want the values as they were
 
-    @settings(max_examples=3, deadline=None)
+    @settings(max_examples=2, deadline=None)
     @given(spellings(dynamic=False))
     def check(spelled: Spelling) -> None:
         result = compared(dataclasses.replace(spelled, mutation=mutation), grad=not writes)

@@ -6,15 +6,13 @@ Run with TRITON_INTERPRET=1 the same tests go through the Triton kernels; test_k
 from __future__ import annotations
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from in_interpreter import passes_in_interpreter
 from test_gemv import compiled
 from torch import Tensor
 
@@ -141,7 +139,7 @@ def test_steps_one_after_the_other_fill_the_cache() -> None:
     assert given[7].item() == 66
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8])
+@pytest.mark.parametrize("splits", [1, 8])
 @pytest.mark.parametrize("name", ["pythia", "across_two_tiles", "grouped", "window", "nothing_kept"])
 def test_any_number_of_parts_gives_the_same(name: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_split", lambda *_: splits)
@@ -161,8 +159,8 @@ def test_what_the_cache_holds_at_a_new_place_is_not_read() -> None:
 
 
 def test_the_same_step_gives_the_same_bits() -> None:
-    given = arguments(Case(torch.float16, size=300, live=250, group=2))
-    first, *others = (op(*fresh(given)) for _ in range(3))
+    given = arguments(Case(torch.float16, kv_heads=1, size=200, live=150, group=2))
+    first, *others = (op(*fresh(given)) for _ in range(3 if DEVICE == "cuda" else 2))
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -222,8 +220,4 @@ def test_supports_says_why_not() -> None:
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
 def test_kernels_in_the_interpreter() -> None:
     """The kernels' arithmetic on a machine without a GPU: this file again, in a process that interprets them."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "not opcheck"]
-    command += ["-W", "error:Conversion of an array:DeprecationWarning"]  # NumPy 2.5 refuses it
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passes_in_interpreter(__file__, select="not opcheck")

@@ -4,13 +4,11 @@ Run with TRITON_INTERPRET=1 the same tests go through the Triton kernel; test_ke
 """
 
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from in_interpreter import passes_in_interpreter
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
@@ -127,8 +125,8 @@ def test_hopper_kernel_takes_several_tiles_and_several_batches(dim: int, length:
     [
         {"groups": 1, "maxnreg": 128, "programs": 2},
         {"programs": 1, "turns": True},
-        {"block_n": 64, "stages": 2, "programs": 1, "deep": True},
-        {"groups": 3, "block_n": 64, "stages": 3, "registers": 160, "programs": 1, "turns": True, "deep": True},
+        {"block_n": 64, "stages": 2, "programs": 1},
+        {"groups": 3, "block_n": 64, "stages": 3, "registers": 160, "programs": 1, "turns": True},
     ],
 )
 def test_any_hopper_configuration(config: dict, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,8 +291,4 @@ def test_inductor_copies_nothing_for_it() -> None:
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
 def test_kernels_in_the_interpreter() -> None:
     """The kernel's arithmetic on a machine without a GPU: this file again, in a process that interprets it."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
-               "-k", "not opcheck and not pattern and not inductor"]  # fmt: skip
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passes_in_interpreter(__file__, select="not opcheck and not pattern and not inductor")

@@ -5,13 +5,11 @@ Run with TRITON_INTERPRET=1 the same tests go through the Triton kernels; test_k
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from in_interpreter import passes_in_interpreter
 from torch import Tensor
 
 from torch_fuse.kernels import _dequant_decode as decoding
@@ -123,10 +121,7 @@ def test_decoding_takes_integers_as_zero_points(zero: torch.dtype, rows: int) ->
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
 def test_kernels_in_the_interpreter() -> None:
     files = [__file__, str(Path(__file__).with_name("test_dequant_tiled.py"))]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", "decoding or order"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+    passes_in_interpreter(*files, select="decoding or order")
 
 
 def test_tiles_have_one_scale() -> None:

@@ -5,9 +5,6 @@ Run with TRITON_INTERPRET=1 the same tests go through the Triton kernel; test_ke
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from in_interpreter import passes_in_interpreter
 from torch import Tensor
 
 from torch_fuse._compat import FakeTensorMode
@@ -343,11 +341,7 @@ def test_reference_takes_the_ops_arguments_and_is_differentiable() -> None:
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
 def test_kernel_in_the_interpreter() -> None:
     """The kernel's arithmetic on a machine without a GPU: this file again, in a process that interprets it."""
-    torch_only = "not gradcheck and not compiled and not opcheck"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", torch_only]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passes_in_interpreter(__file__, select="not gradcheck and not compiled and not opcheck")
 
 
 @pytest.mark.parametrize("save", [False, True])

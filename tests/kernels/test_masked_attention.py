@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -17,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_interpreter import passes_in_interpreter
 from torch import Tensor
 
 from torch_fuse.kernels import _ops
@@ -274,8 +272,4 @@ def test_supports_says_why_not() -> None:
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
 def test_kernels_in_the_interpreter() -> None:
     """The kernels' arithmetic on a machine without a GPU: this file again, in a process that interprets them."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
-               "-k", "not opcheck and not gradcheck"]  # fmt: skip
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passes_in_interpreter(__file__, select="not opcheck and not gradcheck")

@@ -80,16 +80,15 @@ def test_the_memory_engine_is_not_asked_to_read_from_where_it_cannot(monkeypatch
     ("parts", "config", "is_causal"),
     [
         ((64, 16), {"groups": 1, "maxnreg": 128}, True),
-        ((64, 0), {"groups": 2, "block_n": 64, "stages": 4, "deep": True}, False),
+        ((64, 0), {"groups": 2, "block_n": 64, "stages": 4}, False),
         ((128, 0), {"turns": True}, True),
     ],
 )
 def test_the_hopper_kernel_compiles_with_this_triton(parts: tuple[int, int], config: dict, is_causal: bool) -> None:
     """Without a GPU; a name that Gluon no longer has would otherwise be noticed at the first call on one.
 
-    All exponentials of a tile are to be between the wait for its scores (`deep`: the start of products) and the wait
-    for the products with the values before, or they do not run under these products: ptxas moves the second wait, and
-    only the machine code shows it.
+    All exponentials of a tile are to be between the wait for its scores and the wait for the products with the values
+    before, or they do not run under these products: ptxas moves the second wait, and only the machine code shows it.
     """
     kernel = importlib.import_module("torch_fuse.kernels._hopper_flash_kernel")
     if kernel.MISSING or _ops.INTERPRETED:
@@ -118,13 +117,12 @@ def test_the_hopper_kernel_compiles_with_this_triton(parts: tuple[int, int], con
     assert source.hash()
     compiled = _ops.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "wgmma" in compiled.asm["ptx"]
-    found = re.findall(r"DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|HGMMA|STL|LDL", compiled.asm["sass"])
-    kinds = {"M": "e", "H": "h", "S": "s", "L": "s"}
+    found = re.findall(r"DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|STL|LDL", compiled.asm["sass"])
+    kinds = {"M": "e", "S": "s", "L": "s"}
     events = "".join(kinds.get(x[0], "0" if x[-1] == "0" else "n") for x in found)
-    under = [re.sub(".*?h" if chosen.deep else ".*n", "", span, count=1) for span in events.split("0")]
-    least = chosen.block_n * (3 if chosen.deep else 4) // 8
-    under = [span for span in under if span.count("e") >= least]
-    assert len(under) == chosen.groups * (2 if chosen.deep else 1), events  # `deep`: of the first tile, too
+    under = [re.sub(".*n", "", span, count=1) for span in events.split("0")]
+    under = [span for span in under if span.count("e") >= chosen.block_n // 2]
+    assert len(under) == chosen.groups, events
     assert not any("s" in span for span in under), events  # a spill
 
 

@@ -3,7 +3,6 @@
 Run with TRITON_INTERPRET=1 the same tests go through the Triton kernels; test_kernels_in_the_interpreter does so.
 """
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from in_interpreter import passes_in_interpreter
 
 from torch_fuse.kernels import _ops, qk_norm_rope_backward
 from torch_fuse.kernels.qk_norm_rope import qk_norm_rope, reference, supports
@@ -312,11 +312,7 @@ def test_reference_takes_the_ops_arguments_and_is_differentiable() -> None:
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
 def test_kernels_in_the_interpreter() -> None:
     """The kernels' arithmetic on a machine without a GPU: this file again, in a process that interprets them."""
-    torch_only = "not gradcheck and not compiled and not opcheck"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", torch_only]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passes_in_interpreter(__file__, select="not gradcheck and not compiled and not opcheck")
 
 
 def test_without_triton_the_op_runs_its_reference() -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from in_interpreter import passes_in_interpreter
 from test_masked_attention import DEVICE, DTYPES, KEEPS, inputs, keeps, poisoned  # noqa: F401
 from torch import Tensor
 
@@ -223,8 +221,4 @@ def test_inductor_launches_the_kernels_with_caps_and_sinks() -> None:
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
 def test_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__,
-               "-k", "not opcheck and not gradcheck"]  # fmt: skip
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passes_in_interpreter(__file__, select="not opcheck and not gradcheck")
