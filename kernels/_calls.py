@@ -16,6 +16,7 @@ from torch import Tensor
 
 from torch_fuse._compat import allocator, same_metadata
 
+from . import _ops
 from ._ops import INTERPRETED, Launch, hooked, launch
 
 Given = Sequence[Tensor | None]
@@ -158,7 +159,7 @@ class Calls:
                     return again(given, addresses)
         call = Call(given)
         result = first(call, *arguments)
-        made = call.again(result)
+        made = call.again(result) if _ops.DIRECT or INTERPRETED else None
         if made is not None:
             self._remember(key, tensors, made)
         return result
