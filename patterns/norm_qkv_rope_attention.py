@@ -59,8 +59,10 @@ class NormQkvRopeAttention(Pattern):
         key = match_heads(appended(unrepeated, view.order, anchor), view.order, view.fake_mode, known)
         if query.rope is None and key.rope is None:
             _check_nothing_missed(attention.query, attention.key)
-            if query.norm is not None or key.norm is not None:
-                raise Kept("query or key is normalised and not rotated: Inductor does that in one kernel", anchor)
+            aside = query.aside or key.aside
+            if query.norm is not None or key.norm is not None or aside:
+                reason = "query or key is normalised and not rotated: Inductor does that in one kernel"
+                raise Kept(f"{reason}; {aside}" if aside else reason, anchor)
             return None
         check_same_rope(query, key, view)
         if not _same_norm(query, key):
