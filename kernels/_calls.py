@@ -143,6 +143,8 @@ class Calls:
             options: all else that it depends on, with the configuration of the kernels.
             first: makes it the first time, with a `Call`.
         """
+        if not (_ops.DIRECT or INTERPRETED):
+            return first(Call(given), *arguments)
         addresses = [None if x is None else x.data_ptr() for x in given]
         alignments = tuple([None if address is None else address & 15 for address in addresses])
         ids, same = [*map(id, given)], None
@@ -159,7 +161,7 @@ class Calls:
                     return again(given, addresses)
         call = Call(given)
         result = first(call, *arguments)
-        made = call.again(result) if _ops.DIRECT or INTERPRETED else None
+        made = call.again(result)
         if made is not None:
             self._remember(key, tensors, made)
         return result
