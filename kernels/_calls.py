@@ -16,7 +16,6 @@ from torch import Tensor
 
 from torch_fuse._compat import allocator, same_metadata
 
-from . import _ops
 from ._ops import INTERPRETED, Launch, hooked, launch
 
 Given = Sequence[Tensor | None]
@@ -143,8 +142,6 @@ class Calls:
             options: all else that it depends on, with the configuration of the kernels.
             first: makes it the first time, with a `Call`.
         """
-        if not (_ops.DIRECT or INTERPRETED):
-            return first(Call(given), *arguments)
         addresses = [None if x is None else x.data_ptr() for x in given]
         alignments = tuple([None if address is None else address & 15 for address in addresses])
         ids, same = [*map(id, given)], None

@@ -6,7 +6,6 @@ The product's library reads a weight that was just written from L2 in part, so w
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,12 +15,10 @@ from . import _dequant_tiled as tiled
 from .packed_weight import COMPUTE, Format, weight_shape
 
 # Rows of x up to which each way of reading the codes in the product is the faster one, for 8 and 4 bits: all of a row's
-# warps by themselves, and tiles. To be measured.
-CROSSOVER = {8: (32, 256), 4: (32, 256)}
-# Rows of x up to which the op is measured to beat Inductor on sm_90 (benchmarks/results/dequant_linear.jsonl).
-MEASURED_ROWS = 16
-# Whether the figures are of the kernels as they are; until then they run with options["unmeasured"] only.
-MEASURED = False
+# warps by themselves, and tiles (benchmarks/results/dequant_linear.jsonl; 8 and 64 rows, 256 and 512).
+CROSSOVER = {8: (16, 512), 4: (16, 256)}
+# Rows of x up to which the op is measured to beat Inductor on sm_90.
+MEASURED_ROWS = 512
 
 
 def supports(
@@ -29,16 +26,6 @@ def supports(
 ) -> str | None:
     """Why there is no kernel for these, or None."""
     return written.supports(x, codes, scale, zero, lut, form)
-
-
-def unmeasured_device(device: torch.device) -> str | None:
-    """Why nothing is measured on a device, or None."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"not measured to win on {device.type!r}"
-    if not MEASURED:
-        return "the kernels as they are now are not measured"
-    capability = torch.cuda.get_device_capability(device)
-    return None if capability == (9, 0) else "not measured to win on sm_{}{}, only on sm_90".format(*capability)
 
 
 def unmeasured_rows(rows: int | None) -> str | None:

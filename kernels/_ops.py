@@ -34,9 +34,6 @@ except ImportError:  # macOS, Windows, CPU builds of torch: modules still import
     HAS_TRITON = False
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
-# Whether calls are made again from addresses, by the launcher itself (`_calls`, `Launch.start`), instead of by Triton's
-# runner. It saves two thirds of a call's processor time, but has not run with a driver yet.
-DIRECT = False
 
 if HAS_TRITON and not INTERPRETED:
     from torch.library import wrap_triton
@@ -156,7 +153,7 @@ class Launch:
         arguments = self._arguments.copy()
         for (slot, described), tensor in zip(self._slots, tensors, strict=True):
             arguments[slot] = tensor if described is None else _described(arguments[slot], described, tensor)
-        if INTERPRETED or not DIRECT or hooked():
+        if INTERPRETED or hooked():
             self.slow(*arguments)
         else:
             self.start(arguments, self.stream(self.current_device()))

@@ -63,14 +63,23 @@ class Candidate:
         return builder.call(operator.getitem, out, 0) if self.several else out
 
 
-def pytorch(tensors: Tensors, site: Site) -> Callable[[], Tensor]:
-    """A call of the attention as the graph has it; repetition of heads is done before and not a part of it."""
+def pytorch(tensors: Tensors, site: Site) -> Callable[[Tensors], Tensor]:
+    """The attention as the graph has it, for these tensors or others that require gradients.
+
+    Repetition of heads is done before and not a part of it; where gradients are wanted it is, as its gradient is.
+    """
+    before = None if site.gradients else _repeated(tensors, site)
+
+    def call(leaves: Tensors) -> Tensor:
+        q, k, v = _repeated(leaves, site) if before is None else before
+        return F.scaled_dot_product_attention(q, k, v, is_causal=site.is_causal, scale=site.scale, enable_gqa=site.gqa)
+
+    return call
+
+
+def _repeated(tensors: Tensors, site: Site) -> Tensors:
     q, k, v = tensors
-    if site.repetition > 1:
-        k, v = (x.detach().repeat_interleave(site.repetition, 1).requires_grad_(site.gradients) for x in (k, v))
-    return lambda: F.scaled_dot_product_attention(
-        q, k, v, is_causal=site.is_causal, scale=site.scale, enable_gqa=site.gqa
-    )
+    return tensors if site.repetition == 1 else (q, *(x.repeat_interleave(site.repetition, 1) for x in (k, v)))
 
 
 def _torch_refusal(can_use: Callable[..., bool], name: str) -> Callable[[Tensors, Site], str | None]:

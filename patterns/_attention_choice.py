@@ -180,8 +180,8 @@ def measure(site: Site, candidates: Sequence[Candidate] | None = None) -> Measur
     """Times PyTorch's pick and all candidates that are right, on random tensors of the site's layout."""
     tensors = site.tensors()
     baseline = pytorch(tensors, site)
-    cotangent = torch.randn_like(baseline()) if site.gradients else None
-    run = functools.partial(_run, leaves=tensors, cotangent=cotangent)
+    cotangent = torch.randn_like(baseline(tensors)) if site.gradients else None
+    run = functools.partial(_run, tensors=tensors, cotangent=cotangent)
     q, k, v = tensors
     k, v = (x.repeat_interleave(site.repetition, 1) if site.repetition > 1 else x for x in (k, v))
     pick = sdpa_pick(q, k, v, site.is_causal, site.scale, site.gqa)
@@ -193,7 +193,7 @@ def measure(site: Site, candidates: Sequence[Candidate] | None = None) -> Measur
     for candidate in CANDIDATES if candidates is None else candidates:
         reason = _unable(candidate, tensors, site, pick)
         if reason is None:
-            call = functools.partial(run, functools.partial(candidate.call, tensors, site))
+            call = functools.partial(run, functools.partial(candidate.call, site=site))
             reason = _problem(call, wanted, sample)
             calls[candidate.name] = call
         if reason:
@@ -205,10 +205,19 @@ def measure(site: Site, candidates: Sequence[Candidate] | None = None) -> Measur
     return Measured(pick, times, {**dropped, **failed})
 
 
-def _run(call: Callable[[], Tensor], leaves: Sequence[Tensor], cotangent: Tensor | None) -> tuple[Tensor, ...]:
-    """The attention, and its gradients where they are wanted."""
-    out = call()
-    return (out,) if cotangent is None else (out, *torch.autograd.grad(out, leaves, cotangent))
+def _run(
+    call: Callable[[tuple[Tensor, Tensor, Tensor]], Tensor], tensors: tuple[Tensor, Tensor, Tensor],
+    cotangent: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The attention, and its gradients where they are wanted.
+
+    Those are of leaves made here: autograd waits for the stream that made a leaf, which a capture on another forbids.
+    """
+    if cotangent is None:
+        return (call(tensors),)
+    q, k, v = (x.detach().requires_grad_() for x in tensors)
+    out = call((q, k, v))
+    return (out, *torch.autograd.grad(out, (q, k, v), cotangent))
 
 
 def _unable(candidate: Candidate, tensors: tuple[Tensor, Tensor, Tensor], site: Site, pick: str) -> str | None:

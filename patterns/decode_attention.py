@@ -33,6 +33,7 @@ from torch_fuse.kernels import decode_attention
 from torch_fuse.options import Options
 from torch_fuse.patterns._once import once
 from torch_fuse.patterns._rope_tables import emit_tables
+from torch_fuse.patterns.decode_norm_linear import unmeasured
 from torch_fuse.patterns.norm_qkv_rope_attention import check_same_rope, emit_heads
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
@@ -88,11 +89,14 @@ class DecodeAttention(Pattern):
     def check(self, match: Match, options: Options) -> str | None:
         if options.kernels == "reference":
             return None
-        if not options.unmeasured:
-            return "a decoding step is not measured to win yet"
         attention, keys = match.bindings["attention"], match.bindings["keys"]
         query, cache = tensor(attention.query), tensor(keys.cache)
         assert query is not None and cache is not None
+        if not options.unmeasured:
+            if static_int(query.shape[0]) != 1 or static_int(query.shape[2]) != 1:
+                return "a decoding step's attention is measured to win for a single token only"
+            if reason := unmeasured(attention.query):
+                return reason
         reason = decode_attention.supports(query.transpose(1, 2), cache.transpose(1, 2), cache)
         return None if reason is None else f"the kernel cannot run: {reason}"
 

@@ -26,7 +26,7 @@ from torch_fuse.graph.values import tensor
 from torch_fuse.kernels import linear_residual_gemv
 from torch_fuse.options import Options
 from torch_fuse.patterns._early_launch import may_launch_early
-from torch_fuse.patterns.decode_norm_linear import _rows, check_bias, few_rows, too_many_rows
+from torch_fuse.patterns.decode_norm_linear import _rows, check_bias, few_rows, too_many_rows, unmeasured
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -75,8 +75,9 @@ class DecodeLinearResidual(Pattern):
     def check(self, match: Match, options: Options) -> str | None:
         if options.kernels == "reference":
             return None
-        if not options.unmeasured:
-            return "a decoding step is not measured to win yet"
+        reason = None if options.unmeasured else unmeasured(match.bindings["residual"])
+        if reason is not None:
+            return reason
         residual, linears = match.bindings["residual"], match.bindings["linears"]
         for linear in linears:
             r, x, w = (tensor(node) for node in (residual, linear.input, linear.weight))

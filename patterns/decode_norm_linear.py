@@ -33,6 +33,7 @@ from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.norm import Norm, match_norm, norms_of, strip_casts
 from torch_fuse.graph.values import same_shape, static_int, tensor
 from torch_fuse.kernels import norm_linear_gemv
+from torch_fuse.kernels._measured import not_hopper
 from torch_fuse.options import Options
 from torch_fuse.patterns._early_launch import may_launch_early
 from torch_fuse.rewrite.builder import Builder
@@ -91,8 +92,9 @@ class DecodeNormLinear(Pattern):
                 return "the normalised value is read elsewhere too"
         if options.kernels == "reference":
             return None
-        if not options.unmeasured:
-            return "a decoding step is not measured to win yet"
+        reason = None if options.unmeasured else unmeasured(norm.input)
+        if reason is not None:
+            return reason
         weights = [tensor(linear.weight) for output in outputs for linear in output.linears]
         x = tensor(norm.input)
         assert x is not None
@@ -150,6 +152,15 @@ def few_rows(node: Node) -> bool:
     """Whether a value [..., K] is known to have one to eight rows."""
     rows = _rows(node)
     return rows is not None and 1 <= rows <= FEW_ROWS
+
+
+def unmeasured(node: Node) -> str | None:
+    """Why a decoding step is not measured to win for a value of it, or None (benchmarks/results/decode.jsonl)."""
+    found = tensor(node)
+    assert found is not None
+    if found.dtype not in (torch.float16, torch.bfloat16):
+        return f"a decoding step is not measured to win in {found.dtype}"
+    return not_hopper(found.device)
 
 
 def too_many_rows(node: Node) -> str | None:

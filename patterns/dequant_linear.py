@@ -30,6 +30,7 @@ from torch_fuse.graph.subclass import Traced, is_packed, trace_linear
 from torch_fuse.graph.values import static_int, tensor
 from torch_fuse.kernels import _dequant_dispatch as dispatch
 from torch_fuse.kernels import dequant_linear
+from torch_fuse.kernels._measured import not_hopper
 from torch_fuse.kernels.packed_weight import COMPUTE
 from torch_fuse.options import Options
 from torch_fuse.patterns import _dequant_examples as examples
@@ -197,7 +198,7 @@ def _unmeasured(outer: Product, device: torch.device) -> str | None:
         return "a gradient is wanted, and it is not measured to win then"
     sizes = [static_int(size) for size in x.shape[:-1]]
     rows = None if None in sizes else math.prod(sizes)  # type: ignore[arg-type]
-    return dispatch.unmeasured_device(device) or dispatch.unmeasured_rows(rows)
+    return not_hopper(device) or dispatch.unmeasured_rows(rows)
 
 
 def _no_kernel(outer: Product, closure: Closure, reading: Reading, options: Options) -> str | None:

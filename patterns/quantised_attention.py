@@ -29,16 +29,12 @@ from torch_fuse.rewrite.view import GraphView
 
 DTYPES = (torch.bfloat16, torch.float16)
 # From how many queries and keys on it wins over the exact kernels, by head dim and whether it is causal: measured on an
-# H200 (benchmarks/results/quantised_attention.jsonl), at 7,800 (594 against 562 us) and 32,760 (8.8 against 10.2 ms).
+# H200 (benchmarks/results/quantised_attention.jsonl), at 7,800 (594 against 562 us) and 32,760 (8.2 against 10.3 ms).
 MIN_LENGTH = {(128, False): 16384}
-# Whether these figures are of the kernels as they are; until then they fire with options["unmeasured"] only.
-MEASURED = False
 
 
 def _not_faster(q: torch.Tensor, k: torch.Tensor, is_causal: bool) -> str | None:
     """Why 8 bits would gain nothing, by what was measured, or None."""
-    if not MEASURED:
-        return "not in 8 bits: the kernels as they are now are not measured; options['unmeasured'] takes them"
     if quantised_attention.hopper_config(q) is None:
         return "not in 8 bits: measured on Hopper (compute capability 9.0) only; options['unmeasured'] takes it"
     kind = (int(q.shape[3]), is_causal)

@@ -47,6 +47,22 @@ def make_site(length: int = 9, *, gradients: bool = False, dim: int = 16, kv: in
     return Site(torch.device("cpu"), torch.bfloat16, *layouts, 1, causal, dim**-0.5, gradients)  # type: ignore[arg-type]
 
 
+def test_gradients_are_of_leaves_made_in_the_call_and_of_heads_before_they_are_repeated() -> None:
+    site = dataclasses.replace(make_site(gradients=True, kv=2), repetition=2)
+    tensors = site.tensors()
+    cotangent = torch.randn(2, 4, 9, 16, dtype=torch.bfloat16)
+    seen: list[Tensor] = []
+    call = candidates.pytorch(tensors, site)
+    found = choice._run(lambda leaves: call((seen.extend(leaves), leaves)[1]), tensors, cotangent)
+    assert [x.shape for x in found] == [cotangent.shape, *(x.shape for x in tensors)]
+    assert all(x.is_leaf and x is not y and x.stride() == y.stride() for x, y in zip(seen, tensors, strict=True))
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    k, v = (x.repeat_interleave(2, 1) for x in wide[1:])
+    exact = torch.nn.functional.scaled_dot_product_attention(wide[0], k, v, is_causal=True, scale=site.scale)
+    for x, y in zip(found[1:], torch.autograd.grad(exact, wide, cotangent.double()), strict=True):
+        assert (x - y).norm() <= 0.02 * y.norm()
+
+
 class Clock:
     """In place of `graph_times`: runs nothing, and says what it is told."""
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch_fuse import Options
 from torch_fuse.kernels import _dequant_dispatch as dispatch
 from torch_fuse.kernels import dequant_linear
+from torch_fuse.kernels._measured import not_hopper
+from torch_fuse.patterns import dequant_linear as pattern
 from torch_fuse.patterns._dequant_examples import Quantised
 
 SIZE = 32  # of the square weights: an axis taken for the other one is no error of shapes
@@ -130,13 +132,13 @@ def _layer(form: str, dtype: torch.dtype = torch.float16) -> nn.Module:
 
 @pytest.mark.parametrize("form, rows, reason", [
     ("int8", (1,), None), ("int8", (2, 8), None), ("int4", (16,), None), ("int4 zero", (1, 1), None),
-    ("int8", (17,), "17 rows"), ("int4", (0,), "0 rows"), ("uint8", (1,), "for this format"),
+    ("int8", (512,), None), ("int8", (513,), "513 rows"), ("int4", (0,), "0 rows"), ("uint8", (1,), "for this format"),
     ("int4 high", (1,), "for this format"), ("int8 trained", (1,), "a gradient"), ("int8 dynamic", (4,), "not static"),
 ])  # fmt: skip
 def test_only_what_is_measured_to_win_fires_by_default(
     form: str, rows: tuple[int, ...], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "unmeasured_device", lambda device: None)
+    monkeypatch.setattr(pattern, "not_hopper", lambda device: None)
     monkeypatch.setattr(dequant_linear, "supports_device", lambda device: None)
     monkeypatch.setattr(dequant_linear, "supports", lambda *args: None)
     monkeypatch.setattr(dispatch.few, "MISSING", "")
@@ -153,11 +155,10 @@ def test_only_what_is_measured_to_win_fires_by_default(
 
 
 def test_nothing_is_measured_but_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "cpu" in (dispatch.unmeasured_device(torch.device("cpu")) or "")
+    assert "cpu" in (not_hopper(torch.device("cpu")) or "")
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert dispatch.unmeasured_device(torch.device("cuda")) == "the kernels as they are now are not measured"
-    monkeypatch.setattr(dispatch, "MEASURED", True)
     for capability, measured in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        assert (dispatch.unmeasured_device(torch.device("cuda")) is None) == measured
+        assert (not_hopper(torch.device("cuda")) is None) == measured
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "cuda" in (not_hopper(torch.device("cuda")) or "")

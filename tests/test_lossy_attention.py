@@ -81,7 +81,6 @@ def test_the_option_alone_takes_what_was_measured_to_win(
 ) -> None:
     monkeypatch.setattr(module, "supports", lambda *args: None)
     monkeypatch.setattr(module, "hopper_config", lambda q: module.HOPPER[dim] if hopper else None)
-    monkeypatch.setattr("torch_fuse.patterns.quantised_attention.MEASURED", True)
     rewriter = Rewriter(Options(lossy=("attention",), only=(PATTERN,)))
     q = torch.empty(1, 1, length, dim, dtype=torch.bfloat16, device="meta")
     rewritten(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=is_causal), rewriter)(q)

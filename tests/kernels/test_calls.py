@@ -39,11 +39,6 @@ class Recorded:
         self.again.append(list(arguments))
 
 
-@pytest.fixture(autouse=True)
-def direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ops, "DIRECT", True)
-
-
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Recorded]]:
     if not _ops.HAS_TRITON:
@@ -151,14 +146,6 @@ CHANGES: dict[str, Callable[[Tensor, Tensor], tuple[Any, ...]]] = {
     "absent": lambda x, w: (x, None),
     "the same tensor twice": lambda x, w: (x, x),
 }
-
-
-def test_nothing_is_made_again_where_it_has_not_run(recorded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ops, "DIRECT", False)
-    module, arguments = masked_call()
-    for _ in range(2):
-        module._forward(*arguments)
-    assert len(recorded.first) == 2 and not recorded.again
 
 
 @pytest.mark.parametrize("name", [*CHANGES, "option"])
