@@ -31,7 +31,8 @@ class Config(NamedTuple):
 
     Registers a thread: of a group, and by how many the launch is limited, which sets how many programs share an SM.
     `programs` is how many an SM gets, which then take one tile of queries after the other; None: one for each tile.
-    `turns`: the groups start their products in turn.
+    `turns`: the groups start their products in turn. `lazy`: the shift of the scores follows only when it has to.
+    `order`: a branch keeps the exponentials in front of the wait for the products that run under them.
     """
 
     groups: int = 2
@@ -41,13 +42,15 @@ class Config(NamedTuple):
     maxnreg: int | None = None
     programs: int | None = None
     turns: bool = False
+    lazy: bool = True
+    order: bool = True
 
 
 def constants(config: Config) -> dict[str, Any]:
     """The kernel's constants that are the configuration's, and options of the compiler."""
     return {
         "GROUPS": config.groups, "N": config.block_n, "STAGES": config.stages, "REGISTERS": config.registers,
-        "TURNS": config.turns,
+        "TURNS": config.turns, "LAZY": config.lazy, "ORDER": config.order,
         "num_warps": 4, **({} if config.maxnreg is None else {"maxnreg": config.maxnreg}),
     }  # fmt: skip
 

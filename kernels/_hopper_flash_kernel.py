@@ -49,10 +49,11 @@ def _store(at, acc, inverse, first, q_length, H: gl.constexpr, FROM: gl.constexp
 @gluon.jit
 def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: gl.constexpr, CAUSAL: gl.constexpr,
              D1: gl.constexpr, D2: gl.constexpr, GROUPS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-             TURNS: gl.constexpr):  # fmt: skip
+             TURNS: gl.constexpr, LAZY: gl.constexpr, ORDER: gl.constexpr):  # fmt: skip
     """64 queries of one item after the other against all their keys.
 
-    TURNS: the groups start their products in turn, so that one's exponentials run under the others' products.
+    LAZY, ORDER: see `shifted` and `add_before`. TURNS: the groups start their products in turn, so that one's
+    exponentials run under the others' products.
 
     That nobody waits for ever is proved in docs/notes/attention.md.
     """
@@ -99,7 +100,7 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
             s = gl.where((key[None, :] < length) & (key[None, :] <= index[:, None]), s, -float("inf"))
         elif tiles * N > length:
             s = gl.where(key[None, :] < length, s, -float("inf"))
-        x, shift, decay = shifted(s, gl.full([64], -float("inf"), gl.float32, rows), log2_scale, N)
+        x, shift, decay = shifted(s, gl.full([64], -float("inf"), gl.float32, rows), log2_scale, N, LAZY)
         p, total = weights(x, N)
         p1 = gl.convert_layout(p.to(dtype), p_layout1)
         p2 = p1
@@ -123,19 +124,22 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
             k_stage, k_phase = next_stage(k_stage, k_phase, STAGES)
             if CAUSAL and GROUPS * 64 > N:
                 s = masked(s, tiles, t, first, index, col, N)
-            x, shift, decay = shifted(s, shift, log2_scale, N)
+            x, shift, decay = shifted(s, shift, log2_scale, N, LAZY)
             p, sums = weights(x, N)
-            total = add_before(total, decay, sums)
+            if ORDER:
+                total = add_before(total, decay, sums)
+            else:
+                total = total * gl.convert_layout(decay, gl.SliceLayout(1, total.type.layout))[:, None] + sums
             if D2 > 0:
                 acc1, acc2, p1, p2 = warpgroup_mma_wait(0, deps=[sums1, sums2, p1, p2])
-                acc2 = decayed(acc2, decay, D2 // 2)
+                acc2 = decayed(acc2, decay, D2 // 2, LAZY)
                 p2 = gl.convert_layout(p.to(dtype), p_layout2)
             else:
                 acc1, p1 = warpgroup_mma_wait(0, deps=[sums1, p1])
             arrive(V_EMPTY + v_stage, THREADS, 4)
             v_stage, v_phase = next_stage(v_stage, v_phase, STAGES)
             p1 = gl.convert_layout(p.to(dtype), p_layout1)
-            acc1 = decayed(acc1, decay, D1 // 2)
+            acc1 = decayed(acc1, decay, D1 // 2, LAZY)
         q_phase ^= 1
         mbarrier.arrive(q_empty.index(GROUP), count=1)
         mbarrier.wait(v_full.index(v_stage), v_phase)
@@ -160,10 +164,13 @@ def _consume(GROUP: gl.constexpr, out, log2_scale, buffers, barriers, sizes, H: 
 @gluon.jit
 def _work(ROLE: gl.constexpr, tensors, out, log2_scale, buffers, barriers, sizes, H: gl.constexpr,
           HEADS_OF_KEY: gl.constexpr, CAUSAL: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr, GROUPS: gl.constexpr,
-          N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
+          N: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, LAZY: gl.constexpr,
+          ORDER: gl.constexpr):  # fmt: skip
     """What a group of warps does."""
     if ROLE < GROUPS:
-        _consume(ROLE, out, log2_scale, buffers, barriers, sizes, H, CAUSAL, D1, D2, GROUPS, N, STAGES, TURNS)
+        _consume(
+            ROLE, out, log2_scale, buffers, barriers, sizes, H, CAUSAL, D1, D2, GROUPS, N, STAGES, TURNS, LAZY, ORDER
+        )
     else:
         produce(tensors, buffers, barriers, sizes, H, HEADS_OF_KEY, CAUSAL, D2, GROUPS, N, STAGES)
 
@@ -172,7 +179,7 @@ def _work(ROLE: gl.constexpr, tensors, out, log2_scale, buffers, barriers, sizes
 def kernel(q1, q2, k1, k2, v1, v2, out, batch, q_length, length, log2_scale, together, H: gl.constexpr,
            HEADS_OF_KEY: gl.constexpr, CAUSAL: gl.constexpr, D1: gl.constexpr, D2: gl.constexpr,
            GROUPS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-           TURNS: gl.constexpr):  # fmt: skip
+           TURNS: gl.constexpr, LAZY: gl.constexpr, ORDER: gl.constexpr):  # fmt: skip
     """Tiles of 64 * GROUPS queries of one head each, one after the other."""
     items = gl.cdiv(q_length, 64 * GROUPS) * batch * H
     first_item = gl.program_id(0)
@@ -199,7 +206,7 @@ def kernel(q1, q2, k1, k2, v1, v2, out, batch, q_length, length, log2_scale, tog
     gl.warp_specialize(
         [
             (_work, (role, tensors, out, log2_scale, buffers, barriers, sizes, H, HEADS_OF_KEY, CAUSAL, D1, D2, GROUPS,
-                     N, STAGES, TURNS))
+                     N, STAGES, TURNS, LAZY, ORDER))
             for role in (0, 1, 2, 3)[: GROUPS + 1]
         ],
         [4] * (GROUPS - 1) + [1],

@@ -4,16 +4,16 @@ from ._hopper_flash_tiles import MISSING, constexpr_function, gl, gluon
 
 
 @gluon.jit
-def shifted(s, shift, log2_scale, N: gl.constexpr):
+def shifted(s, shift, log2_scale, N: gl.constexpr, LAZY: gl.constexpr = True):
     """Scores less the shift, both in base 2; the shift; and what sums so far decay by.
 
-    The shift follows the largest score only when that has grown by 2**8 (as in FlashAttention-4): fp32 holds 2**8 times
-    the sums, the weights' rounding is relative, and in nearly all tiles nothing decays.
+    LAZY: the shift follows the largest score only when that has grown by 2**8 (as in FlashAttention-4): fp32 holds 2**8
+    times the sums, the weights' rounding is relative, and in nearly all tiles nothing decays.
     """
     # Four chains a row: ptxas makes one of a row, of four clocks a step.
     top = gl.max(gl.max(gl.max(s.reshape([64, 4, N // 32, 4, 2]), 4), 2), 1)
     top = gl.convert_layout(gl.max(top, 1), gl.SliceLayout(1, s.type.layout)) * log2_scale
-    new = gl.where(top > shift + 8.0, top, shift)
+    new = gl.where(top > shift + 8.0, top, shift) if LAZY else gl.maximum(top, shift)
     finite = gl.where(new == -float("inf"), 0.0, new)  # no inf - inf before the first score
     return gl.fma(s, log2_scale, -finite[:, None]), new, gl.exp2(shift - finite)
 
@@ -42,12 +42,15 @@ def _decay_operands(count):
 
 
 @gluon.jit
-def decayed(x, decay, COUNT: gl.constexpr):
+def decayed(x, decay, COUNT: gl.constexpr, LAZY: gl.constexpr = True):
     """x * decay; COUNT: elements a thread."""
-    code: gl.constexpr = _decay_code(COUNT)
-    operands: gl.constexpr = _decay_operands(COUNT)
     decay = gl.convert_layout(decay, gl.SliceLayout(1, x.type.layout))[:, None]
-    return gl.inline_asm_elementwise(code, operands, [x, decay], gl.float32, is_pure=False, pack=COUNT)
+    if LAZY:
+        code: gl.constexpr = _decay_code(COUNT)
+        operands: gl.constexpr = _decay_operands(COUNT)
+        return gl.inline_asm_elementwise(code, operands, [x, decay], gl.float32, is_pure=False, pack=COUNT)
+    else:  # noqa: RET505  # a jit function's other branch must not be compiled
+        return x * decay
 
 
 _ADD = (

@@ -49,12 +49,13 @@ TRITON = {
     160: (_flash.Config(num_stages=2), _flash.Config(num_stages=2)),
 }
 _TWO_A_SM = _hopper_flash.Config(1, 128, 2, maxnreg=128)
+_TWO_A_SM_80 = _TWO_A_SM._replace(lazy=False, order=False)
 _THREE_GROUPS = _hopper_flash.Config(3, 128, 3, 160, programs=1, turns=True)
 _ONE_A_SM = _hopper_flash.Config(programs=1)
 # By head dim and whether it is causal; None: Triton's kernel is faster. Of benchmarks/results/hopper_flash*.jsonl.
 HOPPER: dict[tuple[int, bool], tuple[_hopper_flash.Config | None, _hopper_flash.Config | None]] = {
     (64, False): (_THREE_GROUPS, _THREE_GROUPS), (64, True): (None, _TWO_A_SM),
-    (80, False): (None, _TWO_A_SM), (80, True): (None, _TWO_A_SM),
+    (80, False): (None, _TWO_A_SM_80), (80, True): (None, _TWO_A_SM_80),
     (128, False): (_ONE_A_SM, _ONE_A_SM), (128, True): (_ONE_A_SM, _ONE_A_SM),
 }  # fmt: skip
 HEAD_DIMS = tuple(TRITON)

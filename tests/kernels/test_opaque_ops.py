@@ -82,6 +82,7 @@ def test_the_memory_engine_is_not_asked_to_read_from_where_it_cannot(monkeypatch
         ((64, 16), {"groups": 1, "maxnreg": 128}, True),
         ((64, 0), {"groups": 2, "block_n": 64, "stages": 4}, False),
         ((128, 0), {"turns": True}, True),
+        ((64, 16), {"groups": 1, "maxnreg": 128, "lazy": False, "order": False}, True),
     ],
 )
 def test_the_hopper_kernel_compiles_with_this_triton(parts: tuple[int, int], config: dict, is_causal: bool) -> None:
@@ -117,6 +118,9 @@ def test_the_hopper_kernel_compiles_with_this_triton(parts: tuple[int, int], con
     assert source.hash()
     compiled = _ops.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "wgmma" in compiled.asm["ptx"]
+    if not chosen.order:
+        assert "STL" not in compiled.asm["sass"]
+        return
     found = re.findall(r"DEPBAR\.LE gsb0, 0x\d|MUFU\.EX2|STL|LDL", compiled.asm["sass"])
     kinds = {"M": "e", "S": "s", "L": "s"}
     events = "".join(kinds.get(x[0], "0" if x[-1] == "0" else "n") for x in found)
