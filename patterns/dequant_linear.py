@@ -33,7 +33,8 @@ from torch_fuse.kernels import dequant_linear
 from torch_fuse.kernels.packed_weight import COMPUTE
 from torch_fuse.options import Options
 from torch_fuse.patterns import _dequant_examples as examples
-from torch_fuse.patterns._packed_formats import Reading, read
+from torch_fuse.patterns._packed_formats import read
+from torch_fuse.patterns._packed_parts import Reading
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register

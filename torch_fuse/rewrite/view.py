@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torch_fuse._compat import FakeTensorMode, ShapeEnv, fake_mode_of
 from torch_fuse.graph.attention import Attention, attentions
 from torch_fuse.graph.calls import Call, call_of
-from torch_fuse.graph.closure import packed_products
+from torch_fuse.graph.closure_walk import packed_products
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.linear import match_linear
 from torch_fuse.graph.mask import Mask, match_mask
