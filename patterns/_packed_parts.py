@@ -16,11 +16,13 @@ from torch.fx import Node
 
 from torch_fuse.graph.closure import Closure
 from torch_fuse.graph.values import tensor, tensors, value
+from torch_fuse.kernels._bit_planes import BITS
 from torch_fuse.kernels.packed_weight import COMPUTE, NIBBLES, Format, weight_shape
 from torch_fuse.rewrite.builder import Builder
 
 _TAILED = (128, 64, 32, 256, 16)  # sizes of groups and blocks of which the last may be shorter
 _RUNS = (32, 16, 64)  # bytes of which the low halves are a run of columns, and the high ones the next
+_PLANE_RUNS = (32, 64, 16, 1)  # the same of planes of bits
 _FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 Steps = tuple[tuple[Any, ...], ...]
 
@@ -48,12 +50,28 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Number:
+    """A scale that is a number in the graph, or 1 where there is none."""
+
+    value: float
+
+    def of(self, leaves: list[Tensor]) -> Tensor:
+        """The scale, on the leaves' device."""
+        return torch.full((1, 1), self.value, device=leaves[0].device)
+
+    def emit(self, leaves: list[Node], builder: Builder) -> Node:
+        """The scale in a graph that has the leaves."""
+        device = tensor(leaves[0]).device  # type: ignore[union-attr]
+        return builder.call(torch.full, (1, 1), self.value, dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
 class Reading:
     """A weight as a format and the parts that it takes; the scale of an "output" is no part of the weight."""
 
     form: Format
     codes: Part
-    scale: Part | None
+    scale: Part | Number | None
     zero: Part | None = None
     lut: Part | None = None
 
@@ -67,14 +85,17 @@ class Reading:
         return codes, self.scale.of(leaves), zero, lut
 
 
+Role = tuple[Part | Number, int, int, Part | None, Part | None]
+
+
 def candidates(
     closure: Closure, shape: tuple[int, int], codes: list[tuple[Part, int, str, str]], output: tuple[int, str] | None
 ) -> Iterator[Reading]:
     """All that a closure could be by the shapes and types of its leaves."""
     computes = [name for name, dtype in COMPUTE.items() if any(_computes_in(node, dtype) for node in closure.nodes)]
-    offsets = sorted({0, *(c for node in closure.nodes for c in _integers(node))})
+    offsets = {0, *(c for node in closure.nodes for c in _integers(node))}
     if output is not None:
-        for (part, bits, kind, nibbles), offset in itertools.product(codes, offsets):
+        for (part, bits, kind, nibbles), offset in itertools.product(codes, sorted(offsets)):
             if not closure.others and kind != "lut16" and (kind in ("int", "uint") or not offset):
                 form = Format(bits, kind, output[0], shape[1], offset, nibbles, "output", output[1])
                 yield Reading(form, part, None)
@@ -83,7 +104,8 @@ def candidates(
     for (scale, rows, group, zero, lut), (part, bits, kind, nibbles) in itertools.product(roles, codes):
         if (lut is not None) != (kind == "lut16"):
             continue
-        for offset in offsets if kind in ("int", "uint") else [0]:
+        middle = {1 << bits - 1} if bits in BITS else set()
+        for offset in sorted(offsets | middle) if kind in ("int", "uint") else [0]:
             for compute in computes:
                 for arithmetic in ("sub_mul",) if zero is None else ("sub_mul", "mul_sub", "mul_add"):
                     form = Format(bits, kind, rows, group, offset, nibbles, arithmetic, compute)
@@ -96,14 +118,19 @@ def _computes_in(node: Node, dtype: torch.dtype) -> bool:
 
 def _integers(node: Node) -> list[int]:
     """Numbers that a closure's operator has as arguments, and that may be what is subtracted from its codes."""
+    if "dequantize_per_tensor" in str(node.target):
+        return [x for x in node.args[2:3] if isinstance(x, int) and abs(x) <= 255]
     found = [abs(x) for x in (*node.args, *node.kwargs.values()) if isinstance(x, (int, float))]
     return [int(x) for x in found if 2 <= x <= 128 and x == int(x)]
 
 
-def _roles(closure: Closure, shape: tuple[int, int]) -> Iterator[tuple[Part, int, int, Part | None, Part | None]]:
+def _roles(closure: Closure, shape: tuple[int, int]) -> Iterator[Role]:
     """Which leaf is the scale, the zero point, the table: (scale, rows, group, zero, lut)."""
     leaves = dict(enumerate((tensor(leaf) for leaf in closure.others), start=1))
-    if not 1 <= len(leaves) <= 3:
+    n, k = shape
+    if not leaves:
+        yield from ((Number(number), n, k, None, None) for number in _numbers(closure))
+    if len(leaves) > 3:
         return
     for order in itertools.permutations(leaves):
         first, rest = order[0], order[1:]
@@ -124,6 +151,12 @@ def _roles(closure: Closure, shape: tuple[int, int]) -> Iterator[tuple[Part, int
                     yield scale, rows, group, None, Part(lut, (("reshape", 16),))
             if len(rest) == 1:
                 yield from ((scale, rows, group, zero, None) for zero in _zeros(rest[0], leaves, rows, group, shape))
+
+
+def _numbers(closure: Closure) -> list[float]:
+    """What codes may be multiplied by when no tensor is the scale."""
+    args = [x for node in closure.nodes for x in (*node.args, *node.kwargs.values())]
+    return [1.0, *dict.fromkeys(float(x) for x in args if isinstance(x, float) and x != 1)]
 
 
 def _zeros(leaf: int, leaves: dict[int, Any], rows: int, group: int, shape: tuple[int, int]) -> Iterator[Part]:
@@ -170,11 +203,14 @@ def _reshape(found: Tensor, *shape: int) -> Steps:
     return () if tuple(found.shape) == shape else (("reshape", *shape),)
 
 
-def codes_of(leaf: Node, shape: tuple[int, int]) -> Iterator[tuple[Part, int, str, str]]:
-    """(part, bits, kind, nibbles) that a tensor of codes could mean."""
-    found = tensor(leaf)
+def codes_of(closure: Closure, shape: tuple[int, int]) -> Iterator[tuple[Part, int, str, str]]:
+    """(part, bits, kind, nibbles) that the codes could mean."""
+    found = tensor(closure.codes)
     assert found is not None
     n, k = shape
+    if closure.planes:
+        yield from _plane_codes(tuple(found.shape), list(closure.planes.values()), shape)
+        return
     whole = found.numel() * found.dtype.itemsize
     if whole == n * k and found.dtype.itemsize == 1:
         for steps in _laid_out(tuple(found.shape), n):
@@ -200,6 +236,23 @@ def codes_of(leaf: Node, shape: tuple[int, int]) -> Iterator[tuple[Part, int, st
         for kind, nibbles in itertools.product(("uint", "lut16", "int"), NIBBLES):
             for steps in places["low" if nibbles == "high" else nibbles.removesuffix("_high")]:
                 yield Part(0, (*view, *steps)), 4, kind, nibbles
+
+
+def _plane_codes(
+    blocks: tuple[int, ...], slices: list[tuple[int, int]], shape: tuple[int, int]
+) -> Iterator[tuple[Part, int, str, str]]:
+    """The same of slices (first byte, bytes) of each block."""
+    n, k = shape
+    places = sorted(slices)
+    first, size = places[0][0], sum(width for _, width in places)
+    weights = n * k // blocks[0]
+    if blocks[0] % n or n * k % blocks[0]:
+        return
+    bits = [8 * width // weights for _, width in places]
+    part = Part(0, (("unflatten", 0, (n, blocks[0] // n)), ("narrow", -1, first, size)))
+    for runs in itertools.product(*([run for run in _PLANE_RUNS if width % run == 0] for _, width in places)):
+        layout = "+".join(f"{count}x{run}" for count, run in zip(bits, runs, strict=True))
+        yield part, sum(bits), "uint", layout
 
 
 def _laid_out(size: tuple[int, ...], n: int) -> Iterator[Steps]:

@@ -60,8 +60,6 @@ class DequantLinear(Pattern):
         product, order = (outer, view.order) if traced is None else (traced.product, Order(traced.gm.graph))
         closures = [closure_of(product, order, peel) for peel in (True, False)]
         scaled = None if closures[0].others else match_output_scale(product)
-        if scaled is None and not closures[0].others:
-            raise Miss("the codes are cast and multiplied without a scale", anchor)
         end = product.node if scaled is None else scaled.node
         region, read_by_op = {anchor}, [outer.input, outer.weight]
         if traced is not None:

@@ -5,6 +5,7 @@ What they mean is for others to prove, by running them (`Closure.run`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,8 @@ class Closure:
         others: the other leaves: scales, zero points, tables; small.
         steps: leaves of integers that are arange(numel) * a // b, such as a table of shifts or of the groups of
             columns, with (a, b). They hold these values now; that they do later is for the graph to check.
+        planes: where the codes are slices of blocks of bytes [blocks, size], which `codes` then are: the slices, with
+            the first byte in a block and the number of bytes.
     """
 
     root: Node
@@ -39,6 +42,7 @@ class Closure:
     codes: Node
     others: list[Node] = field(default_factory=list)
     steps: dict[Node, tuple[int, int]] = field(default_factory=dict)
+    planes: dict[Node, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def leaves(self) -> list[Node]:
@@ -52,6 +56,7 @@ class Closure:
             Miss: when an operator does not take them.
         """
         known: dict[Node, Any] = dict(zip(self.leaves, values, strict=True))
+        known |= {plane: values[0].narrow(-1, *place) for plane, place in self.planes.items()}
         for node, (a, b) in self.steps.items():
             like = tensor(node)
             assert like is not None
@@ -74,13 +79,13 @@ class Closure:
 
     def key(self) -> tuple[Any, ...]:
         """What the closure computes, without its names: equal for layers of one kind and size."""
-        index = {node: i for i, node in enumerate((*self.leaves, *self.steps, *self.nodes))}
+        index = {node: i for i, node in enumerate((*self.leaves, *self.steps, *self.planes, *self.nodes))}
         leaves = (*(_kind(leaf) for leaf in self.leaves), *((_kind(leaf), step) for leaf, step in self.steps.items()))
         calls = tuple(
             (node.op, node.target, repr(map_arg((node.args, node.kwargs), lambda n: f"%{index[n]}")))
             for node in self.nodes
         )
-        return (*leaves, *calls, index[self.root])
+        return (*leaves, *self.planes.values(), *calls, index[self.root])
 
 
 def _kind(node: Node) -> tuple[Any, ...]:
@@ -104,14 +109,15 @@ def closure_of(product: Product, order: Order, peel: bool = True) -> Closure:
     n, k = product.shape
     walk = Walk(n * k, order, peel, order.index[product.node])
     walk.expand(product.weight)
-    if len(walk.codes) != 1:
-        names = ", ".join(node.name for node in walk.codes)
+    codes, planes = _joined(walk)
+    if codes is None:
+        names = ", ".join(node.name for node in (*walk.codes, *walk.planes))
         what = f"several tensors that look like codes ({names})" if names else "no tensor of half a byte or a byte each"
         raise Miss(f"the weight is computed from {what}", product.node)
     nodes = sorted(walk.inside, key=order.index.__getitem__)
     steps = {node: step for node in walk.others if (step := _in_steps(node)) is not None}
     others = [node for node in walk.others if node not in steps]
-    closure = Closure(product.weight, nodes, walk.codes[0], others, steps)
+    closure = Closure(product.weight, nodes, codes, others, steps, planes)
     _check_source(closure.codes)
     _check_writes(closure, order, product.node)
     _check_readers(closure, product)
@@ -131,6 +137,37 @@ def _in_steps(node: Node) -> tuple[int, int] | None:
         b = int((found == 0).sum())
         same = last > 0 and b > 0 and bool((found == places * a // b).all())
     return (a, b) if same else None
+
+
+def _joined(walk: Walk) -> tuple[Node | None, dict[Node, tuple[int, int]]]:
+    """The codes, or the blocks that they are slices of, with the slices; None when there are no such blocks."""
+    if len(walk.codes) == 1 and not walk.planes:
+        return walk.codes[0], {}
+    blocks, planes = set(), {}
+    for node in sorted((*walk.codes, *walk.planes), key=walk.order.index.__getitem__):
+        found, source = tensor(node), _blocks_of(node)
+        base = tensor(source)
+        if source is None or found is None or base is None:
+            return None, {}
+        blocks.add(source)
+        planes[node] = (int(found.storage_offset() - base.storage_offset()), int(found.shape[1]))
+    ends = sorted(planes.values())
+    adjacent = all(a + size == b for (a, size), (b, _) in itertools.pairwise(ends))
+    return (blocks.pop(), planes) if len(blocks) == 1 and adjacent else (None, {})
+
+
+def _blocks_of(node: Node) -> Node | None:
+    """The whole rows of bytes that a slice is taken from, in the graph; None when they are not there."""
+    found, source = tensor(node), node
+    while found is not None and len(source.all_input_nodes) == 1:
+        (source,) = source.all_input_nodes
+        base = tensor(source)
+        if not storages(source) & storages(node):
+            return None
+        if base is not None and base.dtype == found.dtype and base.is_contiguous():
+            whole = (int(found.shape[0]), int(found.stride(0)))
+            return source if tuple(base.shape) == whole else None
+    return None
 
 
 def _check_source(codes: Node) -> None:

@@ -14,7 +14,7 @@ from torch_fuse.graph.effects import Order
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import tensor, tensors, value
 
-_LIMIT = 96  # nodes of a closure
+LIMIT = 96  # nodes of a closure
 _VIEWS = {"cast", "view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "t", "numpy_T", "transpose",
           "permute", "getitem", "contiguous", "clone", "view_as", "reshape_as", "select"}  # fmt: skip
 EMPTY = {"empty", "new_empty", "empty_like"}
@@ -27,7 +27,8 @@ _PURE = {
     "fmod", "view", "index_select", "take", "gather", "clamp", "clip", "alias", "detach", "floor", "round", "trunc",
     "movedim", "moveaxis", "swapaxes", "swapdims", "broadcast_to", "split_with_sizes", "tensor", "arange", "int32",
     "short", "char", "byte", "ldexp", "exp2", "as_tensor", "scalar_tensor", "dequantize_per_tensor",
-    "dequantize_per_channel", "dequantize_per_channel_group", "embedding", "concat", "hstack", "vstack", "tile",
+    "dequantize_per_channel", "dequantize_per_channel_group", "embedding", "bitwise_and", "bitwise_or", "bitwise_xor",
+    "concat", "hstack", "vstack", "tile",
 }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def _reads_codes(product: Product) -> bool:
     """Whether something of at least half a byte a weight, and no float of two bytes, is read on the weight's way."""
     n, k = product.shape
     pending, seen = [product.weight], set[Node]()
-    while pending and len(seen) < _LIMIT:
+    while pending and len(seen) < LIMIT:
         node = pending.pop()
         if node in seen:
             continue
@@ -72,6 +73,7 @@ class Walk:
         self.elements, self.order, self.peel, self.before = elements, order, peel, before
         self.inside: dict[Node, None] = {}
         self.codes: list[Node] = []
+        self.planes: list[Node] = []
         self.others: list[Node] = []
 
     def expand(self, root: Node) -> None:
@@ -81,10 +83,10 @@ class Walk:
             if node in seen:
                 continue
             seen.add(node)
-            if len(seen) > _LIMIT:
-                raise Miss(f"the weight is computed by more than {_LIMIT} operators", node)
+            if len(seen) > LIMIT:
+                raise Miss(f"the weight is computed by more than {LIMIT} operators", node)
             if self._small(node):
-                if _is_constant(node):
+                if _is_constant(node) and not _is_table(node):
                     self._compute(node)
                     continue
                 node = self._peeled(node)
@@ -92,6 +94,8 @@ class Walk:
                     self.others.append(node)
             elif self._codes_like(node) and not any(self._has_codes(source) for source in node.all_input_nodes):
                 self.codes.append(node)
+            elif self._plane_like(node):
+                self.planes.append(node)
             else:
                 pending += self._sources(node)
         self.others.sort(key=self.order.index.__getitem__)
@@ -119,7 +123,9 @@ class Walk:
         found = tensor(node)
         if found is None or not all(isinstance(size, int) for size in found.shape):
             return False
-        return found.numel() * 4 <= self.elements and not self._codes_like(node)
+        if found.numel() * 4 > self.elements or self._codes_like(node):
+            return False
+        return found.dtype.is_floating_point or not self._has_codes(node)
 
     def _peeled(self, node: Node) -> Node:
         while self.peel:
@@ -140,11 +146,34 @@ class Walk:
             return False
         return found.numel() * found.itemsize * 2 in (self.elements, 2 * self.elements)
 
-    def _has_codes(self, node: Node, depth: int = 12) -> bool:
+    def _plane_like(self, node: Node) -> bool:
+        """Whether a value is a slice of wider rows of bytes with one bit a weight or more: a part of blocks' codes."""
+        found = tensor(node)
+        if found is None or found.dtype != torch.uint8 or found.dim() != 2:
+            return False
+        size, stride = (*found.shape, found.numel()), (*found.stride(),)
+        if not all(isinstance(x, int) for x in (*size, *stride)):
+            return False
+        return stride[1] == 1 and size[1] > 1 and stride[0] > size[1] and 8 * found.numel() >= self.elements
+
+    def _has_codes(self, node: Node) -> bool:
         """Whether codes are read behind a node."""
-        if self._codes_like(node):
-            return True
-        return depth > 0 and any(self._has_codes(source, depth - 1) for source in node.all_input_nodes)
+        pending, seen = [node], set[Node]()
+        while pending and len(seen) < LIMIT:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if self._codes_like(node) or self._plane_like(node):
+                return True
+            pending += node.all_input_nodes
+        return False
+
+
+def _is_table(node: Node) -> bool:
+    """Whether a constant is a table of 16 numbers, which codes of 4 bits may be looked up in."""
+    found = tensor(node)
+    return found is not None and found.dtype.is_floating_point and found.numel() == 16
 
 
 def _is_constant(node: Node, depth: int = 6) -> bool:

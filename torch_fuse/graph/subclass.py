@@ -6,6 +6,7 @@ operators; it is read like any other graph and then thrown away.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,10 @@ def _viewed(node: Node) -> Node | None:
     return source if call.op in _VIEWS or same else None
 
 
+def _advanced_index(x: Any, indices: Any) -> tuple[Any, Any]:
+    return x, tuple(slice(None) if index is None else index for index in indices)
+
+
 _RESPELLED = {
     "mm": torch.matmul, "bmm": torch.matmul, "_unsafe_view": torch.reshape, "detach": None, "alias": None,
     "lift_fresh_copy": None,
@@ -134,6 +139,9 @@ def _respell(gm: GraphModule) -> None:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         name = str(node.target).split(".")[1]
+        if name == "index":
+            node.target, node.args = operator.getitem, _advanced_index(*node.args)
+            continue
         if name == "_to_copy":
             with gm.graph.inserting_before(node):
                 new = gm.graph.call_method("to", node.args, dict(node.kwargs))
