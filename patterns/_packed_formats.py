@@ -60,7 +60,9 @@ def _search(closure: Closure, shape: tuple[int, int], transposed: bool, output: 
     leaves, weight = drawn(0)
     ones = [leaves[0], *(torch.ones_like(leaf) for leaf in leaves[1:])]
     plain = _run(closure, ones, transposed)
-    codes = [found for found in codes_of(closure, shape) if _could_be(found, leaves[0], plain)]
+    codes = list(codes_of(closure, shape))
+    if closure.others:  # else a number in the graph scales them, and the cheap test does not hold
+        codes = [found for found in codes if _could_be(found, leaves[0], plain)]
     for reading in candidates(closure, shape, codes, output):
         if _agree(reading, leaves, weight) and all(_agree(reading, *drawn(draw)) for draw in range(1, _DRAWS)):
             return reading

@@ -92,7 +92,8 @@ def candidates(
     closure: Closure, shape: tuple[int, int], codes: list[tuple[Part, int, str, str]], output: tuple[int, str] | None
 ) -> Iterator[Reading]:
     """All that a closure could be by the shapes and types of its leaves."""
-    computes = [name for name, dtype in COMPUTE.items() if any(_computes_in(node, dtype) for node in closure.nodes)]
+    seen = (*closure.nodes, *closure.others)
+    computes = [name for name, dtype in COMPUTE.items() if any(_computes_in(node, dtype) for node in seen)]
     offsets = {0, *(c for node in closure.nodes for c in _integers(node))}
     if output is not None:
         for (part, bits, kind, nibbles), offset in itertools.product(codes, sorted(offsets)):
@@ -130,7 +131,7 @@ def _roles(closure: Closure, shape: tuple[int, int]) -> Iterator[Role]:
     n, k = shape
     if not leaves:
         yield from ((Number(number), n, k, None, None) for number in _numbers(closure))
-    if len(leaves) > 3:
+    if not 1 <= len(leaves) <= 3:
         return
     for order in itertools.permutations(leaves):
         first, rest = order[0], order[1:]

@@ -25,8 +25,9 @@ from torch_fuse._compat import is_traceable_wrapper_subclass
 from torch_fuse.graph.closure import Closure, closure_of
 from torch_fuse.graph.dequant import OutputScale, Product, match_output_scale, match_product
 from torch_fuse.graph.effects import Order
-from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.subclass import Traced, is_packed, trace_linear
+from torch_fuse.graph.library_ops import check_not_kept
+from torch_fuse.graph.miss import Kept, Miss
+from torch_fuse.graph.subclass import Traced, packed_source, trace_linear
 from torch_fuse.graph.values import static_int, tensor
 from torch_fuse.kernels import _dequant_dispatch as dispatch
 from torch_fuse.kernels import dequant_linear
@@ -53,15 +54,17 @@ class DequantLinear(Pattern):
         return view.candidates("dequant")
 
     def match(self, view: GraphView, anchor: Node) -> Match | None:
+        check_not_kept(anchor)
         outer = match_product(anchor)
         if outer is None:
             return None
-        traced = trace_linear(outer.input, outer.weight, view.fake_mode) if is_packed(outer.weight) else None
+        packed = packed_source(outer.weight)
+        traced = None if packed is None else _traced(outer, packed, view)
         product, order = (outer, view.order) if traced is None else (traced.product, Order(traced.gm.graph))
         closures = [closure_of(product, order, peel) for peel in (True, False)]
         scaled = None if closures[0].others else match_output_scale(product)
         end = product.node if scaled is None else scaled.node
-        region, read_by_op = {anchor}, [outer.input, outer.weight]
+        region, read_by_op = {anchor, outer.weight}, [outer.input, packed or outer.weight]
         if traced is not None:
             traced.check_end(end)
             end = anchor
@@ -75,6 +78,7 @@ class DequantLinear(Pattern):
             read_by_op.append(outer.bias)
         inputs = tuple(dict.fromkeys(read_by_op))
         bindings = {"outer": outer, "product": product, "closures": closures, "scaled": scaled, "traced": traced}
+        bindings["packed"] = packed
         return Match(anchor, bindings, (end,), frozenset(region - set(inputs)), inputs, f"weight {list(product.shape)}")
 
     def check(self, match: Match, options: Options) -> str | None:
@@ -102,7 +106,7 @@ class DequantLinear(Pattern):
         closure, reading = _read(match)
 
         def here(node: Node) -> Node:
-            return node if traced is None else traced.emit(node, outer.weight, builder.call)
+            return node if traced is None else traced.emit(node, match.bindings["packed"], builder.call)
 
         op = dequant_linear.reference if options.kernels == "reference" else dequant_linear.dequant_linear
         leaves = [here(leaf) for leaf in closure.leaves]
@@ -122,6 +126,23 @@ class DequantLinear(Pattern):
 
     def near_misses(self) -> Iterator[Example]:
         yield from examples.near_misses()
+
+
+def _traced(outer: Product, packed: Node, view: GraphView) -> Traced:
+    """The layer of a tensor subclass as operators.
+
+    Raises:
+        Miss: when it is not a product with the subclass.
+        Kept: when others read the weight that a subclass was cast to.
+    """
+    if packed is outer.weight:
+        return trace_linear(outer.input, packed, view.fake_mode)
+    weight = tensor(outer.weight)
+    assert weight is not None
+    reader = next((user for user in outer.weight.users if user is not outer.node), None)
+    if reader is not None:
+        raise Kept(f"{reader.name} reads the dequantised weight too, which is then written out anyway", reader)
+    return trace_linear(outer.input, packed, view.fake_mode, weight.dtype)
 
 
 def _expect_steps(node: Node, a: int, b: int, builder: Builder) -> None:

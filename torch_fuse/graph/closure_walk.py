@@ -53,10 +53,18 @@ def _reads_codes(product: Product) -> bool:
         seen.add(node)
         if any(_stored(x) and 2 * x.numel() * x.itemsize >= n * k for x in _static(node)):
             return True
-        if node.op not in ("placeholder", "get_attr") and is_pure(node):
+        if node.op not in ("placeholder", "get_attr") and (is_pure(node) or _is_opaque(node)):
             pending += node.all_input_nodes
             pending += [source for user in node.users if stores_into(user, node) for source in user.all_input_nodes]
     return False
+
+
+def _is_opaque(node: Node) -> bool:
+    """Whether a node may compute a weight in a way that is not understood: a library's operator, or in place."""
+    call = call_of(node)
+    return isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)) or (
+        call is not None and call.inplace
+    )
 
 
 def _static(node: Node) -> list[torch.Tensor]:
