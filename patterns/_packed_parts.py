@@ -107,7 +107,7 @@ def candidates(
             continue
         middle = {1 << bits - 1} if bits in BITS else set()
         for offset in sorted(offsets | middle) if kind in ("int", "uint") else [0]:
-            for compute in computes:
+            for compute in computes if isinstance(scale, Part) else dict.fromkeys(("float32", *computes)):
                 for arithmetic in ("sub_mul",) if zero is None else ("sub_mul", "mul_sub", "mul_add"):
                     form = Format(bits, kind, rows, group, offset, nibbles, arithmetic, compute)
                     yield Reading(form, part, scale, zero, lut)
