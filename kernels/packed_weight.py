@@ -63,7 +63,7 @@ def check_format(form: Format) -> None:
     """Raises ValueError, naming the field, its value and what is allowed."""
     spread = form.bits in BITS
     kinds, nibbles = (("uint",), (form.nibbles,)) if spread else (KINDS, NIBBLES)
-    for name, allowed in (("bits", (4, 8, *BITS)), ("kind", kinds), ("nibbles", nibbles), ("arithmetic", ARITHMETIC),
+    for name, allowed in (("bits", sorted((4, 8, *BITS))), ("kind", kinds), ("nibbles", nibbles), ("arithmetic", ARITHMETIC),
                           ("compute", tuple(COMPUTE))):  # fmt: skip
         if getattr(form, name) not in allowed:
             raise ValueError(f"{name} is {getattr(form, name)!r}; allowed: {', '.join(map(str, allowed))}")
