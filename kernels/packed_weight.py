@@ -63,7 +63,8 @@ def check_format(form: Format) -> None:
     """Raises ValueError, naming the field, its value and what is allowed."""
     spread = form.bits in BITS
     kinds, nibbles = (("uint",), (form.nibbles,)) if spread else (KINDS, NIBBLES)
-    for name, allowed in (("bits", sorted((4, 8, *BITS))), ("kind", kinds), ("nibbles", nibbles), ("arithmetic", ARITHMETIC),
+    bits = sorted((4, 8, *BITS))
+    for name, allowed in (("bits", bits), ("kind", kinds), ("nibbles", nibbles), ("arithmetic", ARITHMETIC),
                           ("compute", tuple(COMPUTE))):  # fmt: skip
         if getattr(form, name) not in allowed:
             raise ValueError(f"{name} is {getattr(form, name)!r}; allowed: {', '.join(map(str, allowed))}")

@@ -1,8 +1,8 @@
 """Diffusers' layerwise casting without its graph breaks: the weights stay in 8 bits, and the graph sees the cast.
 
-`apply_layerwise_casting` of diffusers casts a layer's weights in place before each call and back after it. Dynamo cannot
-trace that: it compiles each layer for itself, with weights that have been written out. Here a linear layer reads its
-weight as `weight.to(compute_dtype)` instead, which computes the same bits and which `dequant_linear` recognises.
+`apply_layerwise_casting` of diffusers casts a layer's weights in place before each call and back after it. Dynamo
+cannot trace that: it compiles each layer for itself, with weights that have been written out. Here a linear layer reads
+its weight as `weight.to(compute_dtype)` instead, which computes the same bits and which `dequant_linear` recognises.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _HOOK = "layerwise_casting"
 def inline_layerwise_casting(model: nn.Module) -> int:
     """Makes the linear layers of a model cast their weights in their product; call it once, before `torch.compile`.
 
-    Other layers (convolutions, embeddings, norms) keep diffusers' hook, and so do linear layers of a class of their own.
+    Other layers (convolutions, embeddings, norms) keep diffusers' hook, and so do subclasses of `nn.Linear`.
 
     Args:
-        model: a model after diffusers' `apply_layerwise_casting` or `enable_layerwise_casting`; its modules are changed.
+        model: a model after diffusers' `apply_layerwise_casting` or `enable_layerwise_casting`; changed in place.
 
     Returns:
         The number of linear layers that were changed.
