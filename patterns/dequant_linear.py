@@ -132,11 +132,12 @@ def _traced(outer: Product, packed: Node, view: GraphView) -> Traced:
     """The layer of a tensor subclass as operators.
 
     Raises:
-        Miss: when it is not a product with the subclass.
+        Miss: when it is not a product with the subclass, or the subclass is written to before the product.
         Kept: when others read the weight that a subclass was cast to.
     """
     if packed is outer.weight:
         return trace_linear(outer.input, packed, view.fake_mode)
+    view.order.check_unwritten([packed], view.order.index[outer.node])
     weight = tensor(outer.weight)
     assert weight is not None
     reader = next((user for user in outer.weight.users if user is not outer.node), None)

@@ -12,6 +12,7 @@ from harness import REFERENCE, Rewriter, rewritten
 from torch import Tensor, nn
 
 from torch_fuse import inline_layerwise_casting
+from torch_fuse.graph import library_ops
 
 N, K = 64, 256
 
@@ -105,6 +106,28 @@ def test_torchao_nf4_with_double_quantisation(cast: bool) -> None:
     check(Layer(), "aot_eager")
 
 
+def test_a_cast_nf4_weight_that_is_written_to_before_the_product_is_left_alone() -> None:
+    nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("weight", "other"):
+                packed = nf4.to_nf4(torch.randn(2 * N, K).bfloat16(), 32)
+                setattr(self, name, nn.Parameter(packed, requires_grad=False))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight.to(x.dtype)
+            self.weight.copy_(self.other)
+            return nn.functional.linear(x, weight)
+
+    layer, x, rewriter = Layer(), torch.randn(3, K).bfloat16(), Rewriter(REFERENCE, "aot_eager")
+    with torch.no_grad():
+        wanted = nn.functional.linear(x, layer.weight.to(x.dtype))
+        torch.testing.assert_close(rewritten(layer, rewriter)(x), wanted)
+    assert rewriter.statuses == {("dequant_linear", "missed")} and "in place" in rewriter.report.sites[0].reason
+
+
 def test_a_cast_nf4_weight_that_others_read_too_is_kept() -> None:
     nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
 
@@ -125,8 +148,12 @@ def test_hqq(bits: int) -> None:
     check(hqq(bits, 1))
 
 
-def test_hqq_with_groups_down_the_columns_is_left_alone() -> None:
-    stays(hqq(4, 0), "missed", "no known format")
+@pytest.mark.parametrize("bits, axis, reason", [
+    (4, 0, "no known format"), (8, 0, "no known format"), (3, 1, "no tensor of half a byte"),
+    (2, 1, "no tensor of half a byte"), (1, 1, "no tensor of half a byte"),
+])  # fmt: skip
+def test_hqq_with_groups_down_the_columns_or_of_few_bits_is_left_alone(bits: int, axis: int, reason: str) -> None:
+    stays(hqq(bits, axis), "missed", reason)
 
 
 def hqq(bits: int, axis: int) -> nn.Module:
@@ -163,6 +190,12 @@ def test_gguf_layers_of_diffusers(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["qint8", "qfloat8_e4m3fn", "qfloat8_e5m2"])
 def test_quanto_of_one_byte(kind: str) -> None:
     check(quanto(kind), "aot_eager")
+
+
+def test_quantos_product_is_only_spelled_out_where_it_computes_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quanto("qint8")
+    monkeypatch.setattr(library_ops, "_is_as_spelled", lambda *args: False)
+    stays(model, "missed", "quanto.qbytes_mm")
 
 
 def test_quanto_of_less_than_a_byte_is_left_alone() -> None:

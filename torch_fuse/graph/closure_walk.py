@@ -43,7 +43,7 @@ def packed_products(nodes: Sequence[Node]) -> list[Node]:
 
 
 def _reads_codes(product: Product) -> bool:
-    """Whether something of at least half a byte a weight, and no float of two bytes, is read on the weight's way."""
+    """Whether something of at least a bit a weight, and no float of two bytes, is read on the weight's way."""
     n, k = product.shape
     pending, seen = [product.weight], set[Node]()
     while pending and len(seen) < LIMIT:
@@ -51,7 +51,7 @@ def _reads_codes(product: Product) -> bool:
         if node in seen:
             continue
         seen.add(node)
-        if any(_stored(x) and 2 * x.numel() * x.itemsize >= n * k for x in _static(node)):
+        if any(_stored(x) and 8 * x.numel() * x.itemsize >= n * k for x in _static(node)):
             return True
         if node.op not in ("placeholder", "get_attr") and (is_pure(node) or _is_opaque(node)):
             pending += node.all_input_nodes

@@ -7,11 +7,13 @@ fused op does, the reason why it stays is said. Names, arguments and meanings: o
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
+from torch_fuse._compat import unset_fake_temporarily
 from torch_fuse.graph.miss import Kept
 from torch_fuse.graph.values import tensor
 
@@ -49,14 +51,27 @@ def check_not_kept(node: Node) -> None:
         raise Kept(f"{name.replace('.', '::')} {_KEPT[name]}", node)
 
 
+@functools.cache
+def _is_as_spelled(device: torch.device, kind: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether the product with an identity gives the bits of the scaled codes, on a device."""
+    with unset_fake_temporarily(), torch.no_grad():
+        codes = torch.arange(-64.0, 64.0, device=device).view(4, 32).to(kind)
+        scale = torch.linspace(0.013, 2, 4, device=device).to(dtype).view(4, 1)
+        found = torch.ops.quanto.qbytes_mm(torch.eye(32, device=device, dtype=dtype), codes, scale)
+        return torch.equal(found, (scale * codes.to(dtype)).t())
+
+
 def spell_qbytes_mm(graph: Graph, node: Node) -> None:
     """Spells `quanto::qbytes_mm(x, codes, scale)` as it is defined: x @ (scale * codes).T in the scale's type.
 
-    Activations that are quantised too, which it multiplies in integers, stay.
+    Activations that are quantised too, which it multiplies in integers, stay; so does what an installed version of the
+    operator computes in another way.
     """
     x, codes, scale = node.args
     activation, weight, factor = (tensor(arg) for arg in (x, codes, scale))
     if activation is None or weight is None or factor is None or activation.dtype != factor.dtype:
+        return
+    if not _is_as_spelled(weight.device, weight.dtype, factor.dtype):
         return
 
     def emit(target: Any, *args: Any) -> Node:
