@@ -5,8 +5,8 @@ Before: linear(x, ((codes.float() - zero) * scale).to(x.dtype), b)   # or any ot
 After:  torch_fuse.dequant_linear(x, codes, scale, zero, lut, b, <format>)
 
 For weight-only quantised models: int8 (a scale a row, a tensor, a group), int4 (every order of nibbles), 8-bit floats,
-tables of 16, GGUF's Q8_0, Q4_0 and Q4_K, HQQ, GPTQ without reordering. Inductor writes the dequantised weight out and
-reads it again: 4.5 bytes a weight instead of half a byte.
+tables of 16 (NF4, IQ4), GGUF's blocks, HQQ, GPTQ without reordering, PT2E, optimum-quanto. Inductor writes the
+dequantised weight out and reads it again: 4.5 bytes a weight instead of half a byte.
 
 What the graph computes is found out by running it on random weights (`_packed_formats`). The parts are read where they
 lie at each call, so a weight that is updated later counts from then on.
@@ -132,12 +132,11 @@ def _traced(outer: Product, packed: Node, view: GraphView) -> Traced:
     """The layer of a tensor subclass as operators.
 
     Raises:
-        Miss: when it is not a product with the subclass, or the subclass is written to before the product.
+        Miss: when it is not a product with the subclass.
         Kept: when others read the weight that a subclass was cast to.
     """
     if packed is outer.weight:
         return trace_linear(outer.input, packed, view.fake_mode)
-    view.order.check_unwritten([packed], view.order.index[outer.node])
     weight = tensor(outer.weight)
     assert weight is not None
     reader = next((user for user in outer.weight.users if user is not outer.node), None)

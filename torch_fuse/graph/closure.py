@@ -19,7 +19,7 @@ from torch_fuse.graph.closure_walk import EMPTY, Walk, stores_into
 from torch_fuse.graph.dequant import Product
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.miss import Kept, Miss
-from torch_fuse.graph.values import storages, tensor, tensors, value
+from torch_fuse.graph.values import static_int, storages, tensor, tensors, value
 
 
 @dataclass
@@ -149,8 +149,11 @@ def _joined(walk: Walk) -> tuple[Node | None, dict[Node, tuple[int, int]]]:
         base = tensor(source)
         if source is None or found is None or base is None:
             return None, {}
+        first = static_int(found.storage_offset() - base.storage_offset())
+        if first is None:
+            return None, {}
         blocks.add(source)
-        planes[node] = (int(found.storage_offset() - base.storage_offset()), int(found.shape[1]))
+        planes[node] = (first, int(found.shape[1]))
     ends = sorted(planes.values())
     adjacent = all(a + size == b for (a, size), (b, _) in itertools.pairwise(ends))
     return (blocks.pop(), planes) if len(blocks) == 1 and adjacent else (None, {})
