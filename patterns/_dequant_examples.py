@@ -150,6 +150,8 @@ _SPELLINGS: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[torch.dtype]
     "output": (lambda m, x: F.linear(x, m.q.to(x.dtype)) * m.s, int8(N)),
     "output in float": (lambda m, x: (x @ m.q.t().to(x.dtype) * m.s.float()).to(x.dtype), int8(1, N)),
     "output of one scale": (lambda m, x: m.s * F.linear(x, m.q.to(x.dtype)), int8()),
+    "no scale": (lambda m, x: F.linear(x, m.q.to(x.dtype)) / 64, fp8(torch.float8_e4m3fn)),
+    "a number": (lambda m, x: F.linear(x, m.q.to(x.dtype) * 0.0173), _ROW),
     "zero points": (lambda m, x: F.linear(x, (m.q.to(x.dtype) - m.z) * m.s), int8(N, 1, zero=True)),
     "groups": (
         lambda m, x: F.linear(
@@ -202,7 +204,7 @@ def _updated(m: Any, x: Tensor) -> Tensor:
 
 _NEAR_MISSES: dict[str, tuple[Callable[[Any, Tensor], Any], Callable[[torch.dtype], dict[str, Tensor]]]] = {
     "scale of columns": (lambda m, x: F.linear(x, m.q.to(x.dtype) * m.s), int8(K)),
-    "output without scale": (lambda m, x: F.linear(x, m.q.to(x.dtype)) / 64, _ROW),
+    "divided by a number": (lambda m, x: F.linear(x, m.q.to(x.dtype) / 127.0), _ROW),
     "output of rows": (lambda m, x: F.linear(x[0], m.q.to(x.dtype)) * m.s[:3], _ROW),
     "scale and clamp": (lambda m, x: F.linear(x, (m.q.to(x.dtype) * m.s).clamp(-1, 1)), _ROW),
     "two readers": (_two, _ROW),

@@ -5,8 +5,8 @@ Before: linear(x, ((codes.float() - zero) * scale).to(x.dtype), b)   # or any ot
 After:  torch_fuse.dequant_linear(x, codes, scale, zero, lut, b, <format>)
 
 For weight-only quantised models: int8 (a scale a row, a tensor, a group), int4 (every order of nibbles), 8-bit floats,
-tables of 16, GGUF's Q8_0, Q4_0 and Q4_K, HQQ, GPTQ without reordering. Inductor writes the dequantised weight out and
-reads it again: 4.5 bytes a weight instead of half a byte.
+tables of 16 (NF4, IQ4), GGUF's blocks, HQQ, GPTQ without reordering, PT2E, optimum-quanto. Inductor writes the
+dequantised weight out and reads it again: 4.5 bytes a weight instead of half a byte.
 
 What the graph computes is found out by running it on random weights (`_packed_formats`). The parts are read where they
 lie at each call, so a weight that is updated later counts from then on.
@@ -25,8 +25,9 @@ from torch_fuse._compat import is_traceable_wrapper_subclass
 from torch_fuse.graph.closure import Closure, closure_of
 from torch_fuse.graph.dequant import OutputScale, Product, match_output_scale, match_product
 from torch_fuse.graph.effects import Order
-from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.subclass import Traced, is_packed, trace_linear
+from torch_fuse.graph.library_ops import check_not_kept
+from torch_fuse.graph.miss import Kept, Miss
+from torch_fuse.graph.subclass import Traced, packed_source, trace_linear
 from torch_fuse.graph.values import static_int, tensor
 from torch_fuse.kernels import _dequant_dispatch as dispatch
 from torch_fuse.kernels import dequant_linear
@@ -34,7 +35,8 @@ from torch_fuse.kernels._measured import not_hopper
 from torch_fuse.kernels.packed_weight import COMPUTE
 from torch_fuse.options import Options
 from torch_fuse.patterns import _dequant_examples as examples
-from torch_fuse.patterns._packed_formats import Reading, read
+from torch_fuse.patterns._packed_formats import read
+from torch_fuse.patterns._packed_parts import Reading
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -53,17 +55,17 @@ class DequantLinear(Pattern):
         return view.candidates("dequant")
 
     def match(self, view: GraphView, anchor: Node) -> Match | None:
+        check_not_kept(anchor)
         outer = match_product(anchor)
         if outer is None:
             return None
-        traced = trace_linear(outer.input, outer.weight, view.fake_mode) if is_packed(outer.weight) else None
+        packed = packed_source(outer.weight)
+        traced = None if packed is None else _traced(outer, packed, view)
         product, order = (outer, view.order) if traced is None else (traced.product, Order(traced.gm.graph))
         closures = [closure_of(product, order, peel) for peel in (True, False)]
         scaled = None if closures[0].others else match_output_scale(product)
-        if scaled is None and not closures[0].others:
-            raise Miss("the codes are cast and multiplied without a scale", anchor)
         end = product.node if scaled is None else scaled.node
-        region, read_by_op = {anchor}, [outer.input, outer.weight]
+        region, read_by_op = {anchor, outer.weight}, [outer.input, packed or outer.weight]
         if traced is not None:
             traced.check_end(end)
             end = anchor
@@ -77,6 +79,7 @@ class DequantLinear(Pattern):
             read_by_op.append(outer.bias)
         inputs = tuple(dict.fromkeys(read_by_op))
         bindings = {"outer": outer, "product": product, "closures": closures, "scaled": scaled, "traced": traced}
+        bindings["packed"] = packed
         return Match(anchor, bindings, (end,), frozenset(region - set(inputs)), inputs, f"weight {list(product.shape)}")
 
     def check(self, match: Match, options: Options) -> str | None:
@@ -104,7 +107,7 @@ class DequantLinear(Pattern):
         closure, reading = _read(match)
 
         def here(node: Node) -> Node:
-            return node if traced is None else traced.emit(node, outer.weight, builder.call)
+            return node if traced is None else traced.emit(node, match.bindings["packed"], builder.call)
 
         op = dequant_linear.reference if options.kernels == "reference" else dequant_linear.dequant_linear
         leaves = [here(leaf) for leaf in closure.leaves]
@@ -124,6 +127,23 @@ class DequantLinear(Pattern):
 
     def near_misses(self) -> Iterator[Example]:
         yield from examples.near_misses()
+
+
+def _traced(outer: Product, packed: Node, view: GraphView) -> Traced:
+    """The layer of a tensor subclass as operators.
+
+    Raises:
+        Miss: when it is not a product with the subclass.
+        Kept: when others read the weight that a subclass was cast to.
+    """
+    if packed is outer.weight:
+        return trace_linear(outer.input, packed, view.fake_mode)
+    weight = tensor(outer.weight)
+    assert weight is not None
+    reader = next((user for user in outer.weight.users if user is not outer.node), None)
+    if reader is not None:
+        raise Kept(f"{reader.name} reads the dequantised weight too, which is then written out anyway", reader)
+    return trace_linear(outer.input, packed, view.fake_mode, weight.dtype)
 
 
 def _expect_steps(node: Node, a: int, b: int, builder: Builder) -> None:

@@ -125,7 +125,6 @@ REASONS = {
     "a scale of columns": (lambda m, x: F.linear(x, m.q.to(x.dtype) * m.s.flatten()), "no known format"),
     "computed codes": (lambda m, x: F.linear(x, (m.q ^ 1).to(x.dtype) * m.s), "no known format"),
     "codes from activations": (lambda m, x: F.linear(x, (x * 9).to(torch.int8).float() * m.s), "computed in the graph"),
-    "no scale": (lambda m, x: F.linear(x, m.q.to(x.dtype)), "without a scale"),
     "scales of rows of x": (lambda m, x: F.linear(x, m.q.to(x.dtype)) * x[:, :1], "differs from row to row"),
     "written to": (lambda m, x: F.linear(x, m.q.add_(1).to(x.dtype) * m.s), "not known"),
     "a LoRA in the weight": (lambda m, x: F.linear(x, m.q.to(x.dtype) * m.s + m.c * m.s), "neither codes nor scales"),

@@ -6,6 +6,7 @@ looking at what it did (`explain`, `reports`, `reset_reports`) and for adding fu
 
 from torch_fuse._version import __version__
 from torch_fuse.explain import explain
+from torch_fuse.layerwise_casting import inline_layerwise_casting
 from torch_fuse.options import OptionError, Options
 from torch_fuse.report import Report, Site, reports, reset_reports
 from torch_fuse.rewrite.pattern import Match, Pattern
@@ -20,6 +21,7 @@ __all__ = [
     "Site",
     "__version__",
     "explain",
+    "inline_layerwise_casting",
     "register",
     "reports",
     "reset_reports",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from typing import Any
 
 import pytest
@@ -42,6 +43,50 @@ def test_a_nibble_is_where_the_format_says(nibbles: str, kind: str) -> None:
             assert int(found[n, k]) == (q - 16 if kind == "int" and q > 7 else q)
 
 
+LAYOUTS = [(2, "2x8"), (3, "1x2+2x4"), (5, "1x1+4x4"), (5, "4x2+1x4"), (6, "4x8+2x4"), (6, "2x1+4x1")]
+
+
+@pytest.mark.parametrize("bits, layout", LAYOUTS)
+def test_a_bit_of_a_block_is_where_its_plane_says(bits: int, layout: str) -> None:
+    n, blocks, weights = 2, 3, 32
+    codes = torch.randint(0, 256, (n, blocks, weights * bits // 8)).to(torch.uint8)
+    found = unpacked(codes, Format(bits, "uint", 1, 96, 0, layout))
+    assert tuple(found.shape) == (n, blocks * weights)
+    planes = [tuple(map(int, plane.split("x"))) for plane in layout.split("+")]
+    for row, block, column in itertools.product(range(n), range(blocks), range(weights)):
+        wanted, start, values = 0, 0, {}
+        for count, run in planes:
+            per_run = 8 // count * run
+            byte = start + column // per_run * run + column % run
+            values[count] = int(codes[row, block, byte]) >> (column % per_run // run * count) & (2**count - 1)
+            start += weights * count // 8
+        for count in sorted(values):  # the widest plane last, at the bottom
+            wanted = wanted << count | values[count]
+        assert int(found[row, block * weights + column]) == wanted
+
+
+@pytest.mark.parametrize("bits, layout, size, word", [
+    (6, "low", 24, "planes"), (6, "4x8+1x8", 24, "planes"), (4, "2x8+2x8", 16, "allowed"), (6, "3x8+3x8", 24, "planes"),
+    (6, "4x8+2x8", 23, "whole runs"), (6, "4x8+2x8", 12, "whole runs"), (5, "1x1+4x0", 20, "planes"),
+])  # fmt: skip
+def test_planes_that_do_not_fit_are_errors(bits: int, layout: str, size: int, word: str) -> None:
+    codes = torch.zeros(2, 1, size, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=word):
+        check_parts(codes, torch.ones(2, 1), None, None, Format(bits, "uint", 1, 32, 0, layout))
+
+
+def test_codes_in_planes_run_in_plain_torch_for_want_of_a_kernel() -> None:
+    codes, scale, form = (
+        torch.randint(0, 256, (4, 2, 24)).to(torch.uint8),
+        torch.rand(4, 4),
+        Format(6, "uint", 1, 16, 32, "4x8+2x8"),
+    )
+    x = torch.randn(3, 64)
+    assert "none reads them" in (op.supports(x, codes, scale, None, None, None, form) or "")
+    wanted = F.linear(x, decode(codes, scale, None, None, form, x.dtype))
+    torch.testing.assert_close(op.dequant_linear(x, codes, scale, None, None, None, *form), wanted)
+
+
 @pytest.mark.parametrize("arithmetic", ["sub_mul", "mul_add", "mul_sub"])
 def test_each_step_is_rounded_to_the_type_of_its_source(arithmetic: str) -> None:
     torch.manual_seed(0)
@@ -58,7 +103,7 @@ def test_each_step_is_rounded_to_the_type_of_its_source(arithmetic: str) -> None
 
 CODES, SCALE = torch.zeros(4, 8, dtype=torch.int8), torch.ones(4, 1)
 WRONG: dict[str, tuple[tuple[Any, ...], Format, str]] = {
-    "bits": ((CODES, SCALE, None, None), Format(3, "int", 1, 8), "bits is 3; allowed: 4, 8"),
+    "bits": ((CODES, SCALE, None, None), Format(7, "int", 1, 8), "bits is 7; allowed: 2, 3, 4, 5, 6, 8"),
     "kind": ((CODES, SCALE, None, None), Format(8, "float", 1, 8), "kind is 'float'"),
     "nibbles of bytes": ((CODES, SCALE, None, None), Format(8, "int", 1, 8, 0, "high"), "nibbles is 'high'"),
     "signs": ((CODES, SCALE, None, None), Format(8, "uint", 1, 8), "codes are torch.int8"),

@@ -6,6 +6,7 @@ operators; it is read like any other graph and then thrown away.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch.fx import GraphModule, Node, map_arg
 from torch_fuse._compat import FakeTensorMode, is_traceable_wrapper_subclass, no_guards, trace_operators
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.dequant import Product, match_product
+from torch_fuse.graph.library_ops import check_not_kept, spell_qbytes_mm
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import tensor
 
@@ -72,11 +74,21 @@ def is_packed(weight: Node | None) -> bool:
     return any(isinstance(x, Tensor) and x.dtype.itemsize == 1 and 2 * x.numel() >= found.numel() for x in parts)
 
 
-def trace_linear(x: Node, weight: Node, mode: FakeTensorMode | None) -> Traced:
-    """Traces linear(x, weight) for a weight of a tensor subclass.
+def packed_source(weight: Node | None) -> Node | None:
+    """The tensor subclass of quantised parts that a weight is, or is cast from; None for other weights."""
+    if is_packed(weight):
+        return weight
+    call = call_of(weight)
+    source = None if call is None or call.op != "cast" or call.inplace else call["input"]
+    return source if is_packed(source) else None
+
+
+def trace_linear(x: Node, weight: Node, mode: FakeTensorMode | None, cast: torch.dtype | None = None) -> Traced:
+    """Traces linear(x, weight) for a weight of a tensor subclass, cast to a type where one is given.
 
     Raises:
         Miss: when it is not one product of x with something.
+        Kept: when it is a library's product that reads the codes.
     """
     found, activation = tensor(weight), tensor(x)
     assert found is not None and activation is not None
@@ -89,7 +101,7 @@ def trace_linear(x: Node, weight: Node, mode: FakeTensorMode | None) -> Traced:
         inner = dict(zip(names, parts, strict=True))
         kind: Any = type(found)
         rebuilt = kind.__tensor_unflatten__(inner, context, found.shape, found.stride())
-        return F.linear(x, rebuilt)
+        return F.linear(x, rebuilt if cast is None else rebuilt.to(cast))
 
     try:
         with no_guards(mode), torch.no_grad():
@@ -99,6 +111,8 @@ def trace_linear(x: Node, weight: Node, mode: FakeTensorMode | None) -> Traced:
     _respell(gm)
     first, *others = [node for node in gm.graph.nodes if node.op == "placeholder"]
     result: Any = next(node for node in gm.graph.nodes if node.op == "output").args[0]
+    for node in gm.graph.nodes:
+        check_not_kept(node)
     products = [product for node in gm.graph.nodes if (product := match_product(node)) is not None]
     if len(products) != 1 or not isinstance(result, Node):
         calls = ", ".join(str(node.target) for node in gm.graph.nodes if node.op == "call_function")
@@ -122,6 +136,10 @@ def _viewed(node: Node) -> Node | None:
     return source if call.op in _VIEWS or same else None
 
 
+def _advanced_index(x: Any, indices: Any) -> tuple[Any, Any]:
+    return x, tuple(slice(None) if index is None else index for index in indices)
+
+
 _RESPELLED = {
     "mm": torch.matmul, "bmm": torch.matmul, "_unsafe_view": torch.reshape, "detach": None, "alias": None,
     "lift_fresh_copy": None,
@@ -134,6 +152,12 @@ def _respell(gm: GraphModule) -> None:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         name = str(node.target).split(".")[1]
+        if str(node.target).startswith("quanto.qbytes_mm"):
+            spell_qbytes_mm(gm.graph, node)
+            continue
+        if name == "index":
+            node.target, node.args = operator.getitem, _advanced_index(*node.args)
+            continue
         if name == "_to_copy":
             with gm.graph.inserting_before(node):
                 new = gm.graph.call_method("to", node.args, dict(node.kwargs))

@@ -9,15 +9,16 @@ from torch.fx import GraphModule, Node
 from torch_fuse._compat import FakeTensorMode, ShapeEnv, fake_mode_of
 from torch_fuse.graph.attention import Attention, attentions
 from torch_fuse.graph.calls import Call, call_of
-from torch_fuse.graph.closure import packed_products
+from torch_fuse.graph.closure_walk import packed_products
 from torch_fuse.graph.effects import Order
+from torch_fuse.graph.library_ops import library_product
 from torch_fuse.graph.linear import match_linear
 from torch_fuse.graph.mask import Mask, match_mask
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.norm import match_norm, strip_casts
 from torch_fuse.graph.residual import match_residual
 from torch_fuse.graph.skip import reads_projected
-from torch_fuse.graph.subclass import is_packed
+from torch_fuse.graph.subclass import packed_source
 from torch_fuse.graph.values import tensor
 from torch_fuse.options import Options
 
@@ -176,9 +177,9 @@ class GraphView:
     def _dequants(self) -> list[Node]:
         """Linear layers whose weight is computed from integers or 8-bit floats."""
         computed = set(packed_products(self.nodes))
-        return [node for node in self.nodes if node in computed or _reads_subclass(node)]
+        return [node for node in self.nodes if node in computed or _reads_subclass(node) or library_product(node)]
 
 
 def _reads_subclass(node: Node) -> bool:
     call = call_of(node)
-    return call is not None and call.op == "linear" and is_packed(call["weight"])
+    return call is not None and call.op == "linear" and packed_source(call["weight"]) is not None
