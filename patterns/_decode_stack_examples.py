@@ -147,9 +147,7 @@ def step(
         model = Decoder(kind, layers, kv_heads, how, bias).to(dtype).requires_grad_(grad)
         angle = torch.rand(1, tokens, DIM // 2).repeat(1, 1, 2)
         seen = [(torch.arange(SIZE) <= 5 + i).expand(1, 1, tokens, SIZE).clone() for i in range(masks)]
-        caches = list(torch.randn(2 * layers, 1, kv_heads, SIZE, DIM).to(dtype).unbind(0))
-        if how != "one_tensor":
-            caches = [cache.clone() for cache in caches]
+        caches = [torch.randn(1, kv_heads, SIZE, DIM).to(dtype) for _ in range(2 * layers)]
         lengths = [torch.tensor(5 if how == "mask_of_the_count" else 5 - i) for i in range(layers)]
         tables = (angle.cos().to(dtype), angle.sin().to(dtype))
         return model, (torch.randn(1, tokens, WIDTH).to(dtype), *tables, seen, *caches, *lengths)

@@ -94,7 +94,7 @@ def _runs(view: GraphView) -> list[tuple[Node, list[Layer] | Miss]]:
     found: list[tuple[Node, list[Layer] | Miss]] = []
     runs: dict[Node, list[Layer]] = {}  # by their last layer's result
     apart: dict[Node, Miss] = {}  # why a layer does not go on with the one before, or that one with it
-    for node in view.nodes:
+    for node in view.gm.graph.nodes:  # a view may be older than the stack before
         if not is_call(node, decode_attention):
             continue
         try:
@@ -187,9 +187,9 @@ def _check_written(
     for node in inputs:
         if node not in written and storages(node) & together:
             raise Miss(f"{node.name} shares memory with a cache", node)
-    order = view.order
-    at = min([order.index[user] for user in result.users], default=order.index[result] + 1)
-    for node in order.nodes[:at]:
+    for node in view.gm.graph.nodes:
+        if node in result.users:
+            break
         if node not in region and any(storages(source) & together for source in node.all_input_nodes):
             raise Kept(f"{node.name} reads a cache or its counter before the last layer is done", node)
 
