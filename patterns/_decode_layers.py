@@ -265,7 +265,8 @@ def _is_output(node: Node) -> bool:
 def linear_of(output: Node) -> tuple[SimpleNamespace, Linear]:
     """The arguments of the op that a value is a result of, and what it is computed of."""
     call, index = output.args
-    assert isinstance(call, Node) and isinstance(index, int)
+    if not isinstance(call, Node) or not isinstance(index, int) or index < 0:
+        raise Miss(f"{output.name} is no single result of its op", output)
     a = _norm_linear(call)
     part = slice(0, 2) if a.gated else slice(index, index + 1)
     activation = a.activations.split(",")[part.start]

@@ -26,7 +26,7 @@ from torch.fx import Node, map_arg
 from torch_fuse._compat import no_guards
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.miss import Kept, Miss
-from torch_fuse.graph.values import same_shape, storages, tensor, value
+from torch_fuse.graph.values import equal, same_shape, storages, tensor, unequal, value
 from torch_fuse.kernels import decode_attention, decode_stack, in_memory
 from torch_fuse.options import Options
 from torch_fuse.patterns import _decode_stack_examples as examples
@@ -67,7 +67,8 @@ class DecodeStack(Pattern):
             return None
         if not (MEASURED or options.unmeasured):
             return "a decoding step is not measured to win yet"
-        reason = decode_stack.supports(*match.bindings["fake"])
+        with no_guards(match.bindings["mode"]):
+            reason = decode_stack.supports(*match.bindings["fake"])
         return None if reason is None else f"the kernel cannot run: {reason}"
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
@@ -128,7 +129,11 @@ def _apart(first: Layer, second: Layer, order: Order) -> Miss | None:
         return Miss("layers differ in their tables of cosines and sines", second.attention)
     pairs = zip(tensors_of(first), tensors_of(second), strict=True)
     for (name, a), (_, b) in pairs:
-        if name not in ("lengths", "positions") and not _same_kind(a, b):
+        if name in ("lengths", "positions"):
+            continue
+        # SDPA takes one mask for caches of its length only, also where the sizes have symbols of their own.
+        masked = name in ("key_caches", "value_caches") and first.mask is second.mask
+        if not (_same_sizes_but_length(a, b) if masked else _same_kind(a, b)):
             return Miss(f"layers differ in the shape or type of {name}", second.attention)
     return None
 
@@ -147,6 +152,15 @@ def _same_kind(a: Node | None, b: Node | None) -> bool:
     if (x.dtype, x.device) != (y.dtype, y.device) or not same_shape(x.shape, y.shape):
         return False
     return same_shape(x.stride(), y.stride())
+
+
+def _same_sizes_but_length(a: Node | None, b: Node | None) -> bool:
+    """Whether two caches [1, H, S, D] have the same shape, strides, dtype and device, if S is the same."""
+    x, y = tensor(a), tensor(b)
+    assert x is not None and y is not None
+    if (x.dtype, x.device) != (y.dtype, y.device) or not all(equal(x.shape[i], y.shape[i]) for i in (0, 1, 3)):
+        return False
+    return not any(unequal(*pair) for pair in zip((x.shape[2], *x.stride()), (y.shape[2], *y.stride()), strict=True))
 
 
 # -- the match -----------------------------------------------------------------------------------------------------
@@ -171,7 +185,13 @@ def _match(
     inputs = tuple(dict.fromkeys(node for node in read if node is not None))
     _check_written(written, inputs, region, result, view)
     arguments = _arguments(layers, head, [layer.length for layer in layers] if counted else [])
-    bindings = {"layers": layers, "head": head, "counted": counted, "fake": _fake(arguments, view)}
+    bindings = {
+        "layers": layers,
+        "head": head,
+        "counted": counted,
+        "fake": _fake(arguments, view),
+        "mode": view.fake_mode,
+    }
     kind = "parallel" if layers[0].geometry.parallel else "sequential"
     return Match(result, bindings, (result,), region, inputs, f"{len(layers)} {kind} layers{behind}")
 

@@ -123,6 +123,21 @@ def test_mask_and_position_may_be_inputs_as_generate_gives_them() -> None:
     assert all(node.op == "placeholder" for node in stack.lengths)  # type: ignore[attr-defined]
 
 
+def test_caches_of_other_sizes_become_one_op_too() -> None:
+    model, rewriter = build("Llama"), Rewriter()
+    compiled = rewritten(model, rewriter)
+    ids = torch.randint(0, 97, (1, 6), generator=torch.Generator().manual_seed(5))
+    for size in (16, 24, 40):
+        mine, theirs = (prefilled(model, ids, size) for _ in range(2))
+        with torch.no_grad():
+            found, wanted = (
+                call(ids[:, :1], past_key_values=x).logits for call, x in ((compiled, mine), (model, theirs))
+            )
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(contents(mine), contents(theirs), atol=2e-5, rtol=2e-5)
+    assert len(rewriter.graphs) == len(stacks(rewriter)) == 2, rewriter.report
+
+
 def test_steps_that_are_not_measured_stay_as_they_are() -> None:
     model, rewriter = build("Llama"), Rewriter(Options())
     same_steps(model, rewritten(model, rewriter), batch=1, new=1, prompts=(3,), steps=1)
@@ -193,6 +208,8 @@ def test_what_layers_share_decides_which_become_one(name: str) -> None:
     rewriter = both(changes)
     found = [(stack.layers, stack.head_weight is not None) for stack in stacks(rewriter)]
     assert found == expected, rewriter.report
+    attended = [name for name in left(rewriter) if "decode_attention" in name]
+    assert len(attended) == changes.get("layers", 2) - sum(layers for layers, _ in expected)  # none appends twice
 
 
 @pytest.mark.parametrize("name", REFUSED)
