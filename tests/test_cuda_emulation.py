@@ -45,12 +45,16 @@ ring(const float* data, int rows, float* partial, unsigned* counter, float* out)
     mbarrier_wait(full + slot, row / SLOTS & 1);
 #endif
     sum += slots[slot * CHUNK + warp() * 32 + lane()];
+#ifndef NO_SYNCWARP
     __syncwarp();
+#endif
     if (lane() == 0 NO_RELEASE) mbarrier_arrive(empty + slot);
   }
   for (int other = 16; other; other >>= 1) sum += shuffle_xor(sum, other);
   if (lane() == 0) sums[warp()] = sum;
+#ifndef NO_GROUP
   group_sync(1, CONSUMERS * 32);
+#endif
   if (threadIdx.x == 0) {
     partial[blockIdx.x] = sums[0] + sums[1];
     grid_arrive(counter);
@@ -64,8 +68,8 @@ ring(const float* data, int rows, float* partial, unsigned* counter, float* out)
 CTAS, ROWS, SHARED = 3, 7, 2 * 64 * 4 + 4 * 8 + 8
 
 
-def ring(seed: int = 0, **defines: object) -> tuple[torch.Tensor, float]:
-    kernel = EmulatedKernel(RING, "ring", {"NO_RELEASE": "", "MORE": "", **defines})
+def ring(seed: int = 0, races: bool = False, **defines: object) -> tuple[torch.Tensor, float]:
+    kernel = EmulatedKernel(RING, "ring", {"NO_RELEASE": "", "MORE": "", **defines}, races)
     data = torch.arange(CTAS * ROWS * 64, dtype=torch.float32) % 17
     out = guarded(torch.full((CTAS,), -1.0))
     kernel(CTAS, 96, SHARED, [guarded(data), ROWS, torch.empty(CTAS), torch.zeros(1, dtype=torch.int32), out], seed)
@@ -98,6 +102,26 @@ def test_a_missing_wait_reads_what_has_not_arrived() -> None:
         except EmulationError:
             wrong += 1
     assert wrong >= 4
+
+
+def test_an_order_of_all_accesses_is_found_whatever_ran_first() -> None:
+    for seed in range(4):
+        assert ring(seed, races=True)[0].tolist() == [ring()[1]] * CTAS
+
+
+@pytest.mark.parametrize(
+    ("defines", "one", "other"),
+    [
+        ({"NO_WAIT": 1}, "bulk load", "read by CTA ."),
+        ({"MORE": "- 1"}, "written by CTA .", "read by CTA ."),
+        ({"NO_SYNCWARP": 1}, "written by a bulk load", "read by CTA ."),
+        ({"NO_GROUP": 1}, "written by CTA ., warp 1", "read by CTA ., warp 0"),
+    ],
+)
+def test_a_race_is_found_under_every_seed(defines: dict[str, object], one: str, other: str) -> None:
+    for seed in range(4):
+        with pytest.raises(EmulationError, match=rf"race at(.|\n)*({one}(.|\n)*{other}|{other}(.|\n)*{one})"):
+            ring(seed, races=True, **defines)
 
 
 SET_UP = "uint64_t* b = (uint64_t*)shared; if (threadIdx.x == 0) mbarrier_init(b, 1); __syncthreads();"

@@ -1,7 +1,7 @@
 """Runs a CUDA kernel on the CPU, one fiber a CUDA thread, to find deadlocks, races and wrong addresses without a GPU.
 
-g++ compiles the kernel's source as it is, but for `primitives.cuh`, in whose place stands the one of this folder, and its
-dynamic shared memory. Threads run one at a time, each until it would wait; which one goes on, and when a bulk load
+g++ compiles the kernel's source as it is, but for `primitives.cuh`, in whose place stands the one of this folder, and
+its dynamic shared memory. Threads run one at a time, each until it would wait; which one goes on, and when a bulk load
 arrives, is random by `seed`. Shared memory starts as NaN. A kernel that waits for ever or breaks a rule of a primitive
 raises `EmulationError`, which says where. Not modelled: memory orders weaker than sequential consistency, caches, time.
 """
@@ -23,7 +23,7 @@ import torch
 __all__ = ["EmulatedKernel", "EmulationError", "guarded", "unavailable"]
 
 HERE = Path(__file__).parent
-RUNTIME = ("scheduler.cpp", "barriers.cpp")
+RUNTIME = ("scheduler.cpp", "barriers.cpp", "races.cpp")
 FLAGS = ("-std=c++17", "-fPIC", "-g1", "-w", "-U_FORTIFY_SOURCE")
 Argument = torch.Tensor | int | bytes | ctypes._SimpleCData | ctypes.Structure | ctypes.Array
 
@@ -61,16 +61,16 @@ def _made(name: str, key: Sequence[object], make: object) -> Path:
     return path
 
 
-def _runtime() -> list[Path]:
+def _runtime() -> Path:
     texts = [(HERE / name).read_text() for name in ("runtime.h", *RUNTIME)]
-    return [
-        _made(
-            f"{name}.o",
-            ["runtime", FLAGS, name, texts],
-            lambda path, name=name: _run("g++", *FLAGS, "-O2", "-c", HERE / name, "-o", path),
-        )
-        for name in RUNTIME
-    ]
+    includes = "".join(f'#include "{HERE / name}"\n' for name in RUNTIME)
+
+    def make(path: Path) -> None:
+        source = path.with_suffix(".cpp")
+        source.write_text(includes)
+        _run("g++", *FLAGS, "-O1", "-c", source, "-o", path)
+
+    return _made("runtime.o", [FLAGS, texts], make)
 
 
 def _emulated(text: str) -> str:
@@ -89,11 +89,12 @@ def _emulated(text: str) -> str:
 class EmulatedKernel:
     """`kernel` of the CUDA file `source` (or of a string of source), with `defines` for the preprocessor.
 
-    Files named `*.cuh` beside `source` can be included; `primitives.cuh` is always the emulator's.
+    Files named `*.cuh` beside `source` can be included; `primitives.cuh` is always the emulator's. With `races`, every
+    access is checked for an order with the last ones to that place by other threads: some ten times slower.
     """
 
     def __init__(
-        self, source: Path | str, kernel: str, defines: Mapping[str, object] | None = None, optimise: str = "-O1"
+        self, source: Path | str, kernel: str, defines: Mapping[str, object] | None = None, races: bool = False
     ) -> None:
         files = {"kernel.cu": source} if isinstance(source, str) else {source.name: source.read_text()}
         main = next(iter(files))
@@ -109,15 +110,20 @@ class EmulatedKernel:
             **(defines or {}),
         }
         macros = [f"-D{name}={value}" for name, value in chosen.items()]
-        objects = _runtime()
+        flags = ("-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0") if races else ("-O1",)
+        runtime = _runtime()
 
         def make(path: Path) -> None:
             for name, text in files.items():
                 (path.parent / name).write_text(text)
-            _run("g++", *FLAGS, optimise, "-shared", *macros, path.parent / "entry.cpp", *objects, "-o", path)
+            main = path.parent / "entry.o"  # linked by itself, for the sanitizer's own library is not wanted
+            _run("g++", *FLAGS, *flags, "-c", *macros, path.parent / "entry.cpp", "-o", main)
+            _run("g++", "-shared", main, runtime, "-ldl", "-o", path)
 
-        key = [kernel, FLAGS, optimise, macros, sorted(files.items()), [path.name for path in objects]]
-        self.library = ctypes.CDLL(str(_made(f"{kernel}.so", key, make)))
+        key = [kernel, FLAGS, flags, macros, sorted(files.items()), runtime.name]
+        self.path = _made(f"{kernel}.so", key, make)
+        self.library = ctypes.CDLL(str(self.path))
+        self.races = races
         self.switches = 0
 
     def __call__(
@@ -138,12 +144,21 @@ class EmulatedKernel:
         pointers = (ctypes.c_void_p * max(1, len(kept)))(*[ctypes.addressof(value) for value in kept])
         message = ctypes.create_string_buffer(20_000)
         launch = self.library.emulated_launch
-        launch.argtypes = [ctypes.c_uint] * 4 + [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
-        failed = launch(grid, block, shared_bytes, seed, limit, pointers, message, len(message))
+        launch.argtypes = [ctypes.c_uint] * 5 + [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t]
+        failed = launch(grid, block, shared_bytes, seed, self.races, limit, pointers, message, len(message))
         self.library.emulated_switches.restype = ctypes.c_uint64
         self.switches = self.library.emulated_switches()
         if failed:
-            raise EmulationError(f"seed {seed}: {message.value.decode()}")
+            raise EmulationError(f"seed {seed}: {self._with_lines(message.value.decode())}")
+
+    def _with_lines(self, message: str) -> str:
+        """`<+0x123>`, a place in the compiled kernel, as the line of its source, where there is addr2line."""
+
+        def line(found: re.Match[str]) -> str:
+            command = ["addr2line", "-e", str(self.path), hex(int(found[1], 16) - 1)]
+            return Path(subprocess.run(command, capture_output=True, text=True).stdout.strip()).name
+
+        return re.sub(r"<\+(0x[0-9a-f]+)>", line, message) if shutil.which("addr2line") else message
 
 
 def _value(argument: Argument) -> ctypes._SimpleCData | ctypes.Structure | ctypes.Array:
@@ -162,8 +177,9 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
     Its memory is never given back.
     """
     bytes_ = tensor.numel() * tensor.element_size()
+    runtime = _runtime()
     library = ctypes.CDLL(
-        str(_made("runtime.so", ["so", *_runtime()], lambda path: _run("g++", "-shared", *_runtime(), "-o", path)))
+        str(_made("runtime.so", [runtime.name], lambda path: _run("g++", "-shared", runtime, "-o", path)))
     )
     library.emulated_guarded.restype = ctypes.c_void_p
     library.emulated_guarded.argtypes = [ctypes.c_size_t, ctypes.c_size_t]

@@ -40,6 +40,7 @@ static void settle(Barrier& barrier) {
   if (barrier.pending == 0 && barrier.bytes == 0) {
     barrier.phase++;
     barrier.pending = barrier.count;
+    barrier.complete = barrier.arriving;
     wake(barrier.waiting);
   }
 }
@@ -49,15 +50,18 @@ static void arrive(uint64_t* address, unsigned bytes) {
   if (barrier.pending == 0) fail("more arrivals than the count at an mbarrier: " + shared_place(address));
   barrier.pending--;
   barrier.bytes += bytes;
+  release(barrier.arriving);
   settle(barrier);
 }
 
 void complete(const Load& load) {
   memcpy(load.shared, load.global, load.bytes);
-  for (Cta& cta : machine.ctas) {
-    auto found = cta.barriers.find(load.barrier);
-    if (found == cta.barriers.end()) continue;
+  for (size_t i = 0; i < machine.ctas.size(); i++) {
+    auto& barriers = machine.ctas[i].barriers;
+    auto found = barriers.find(load.barrier);
+    if (found == barriers.end()) continue;
     found->second.bytes -= load.bytes;
+    release_load(found->second.arriving, i, found->second.agent, load.number);
     settle(found->second);
   }
 }
@@ -111,7 +115,9 @@ uint64_t emulated_exchange(int kind, unsigned mask, uint64_t value, int source) 
   meeting.values[side][self->thread % 32] = value;
   if (meeting.arrived == 0) meeting.lanes[side] = 0;
   if (kind == 1 && value) meeting.lanes[side] |= self->bit();
+  if (meeting.arrived == 0) meeting.clock[side].clear();
   meeting.arrived |= self->bit();
+  if (kind == 2) release(meeting.clock[side]);  // shuffles and ballots order no memory
   if (meeting.arrived == mask) {
     meeting.generation++;
     meeting.arrived = 0;
@@ -119,6 +125,7 @@ uint64_t emulated_exchange(int kind, unsigned mask, uint64_t value, int source) 
   } else {
     while (meeting.generation == generation) block(names[kind], nullptr, mask);
   }
+  if (kind == 2) acquire(meeting.clock[side]);
   return kind == 1 ? meeting.lanes[side] : meeting.values[side][source];
 }
 
@@ -132,20 +139,28 @@ void emulated_group_sync(int id, int threads, bool waits) {
     fail("a named barrier with " + std::to_string(threads) + " and with " + std::to_string(group.threads) + " threads");
   group.threads = threads;
   unsigned generation = group.generation;
+  if (!group.arrived) group.arriving.clear();
+  release(group.arriving);
   if (++group.arrived == threads) {
     group.arrived = 0;
     group.generation++;
+    group.complete = group.arriving;
     wake(group.waiting);
+    if (waits) acquire(group.complete);
     return;
   }
   if (!waits) return;
   group.waiting.push_back(machine.current);
   while (group.generation == generation) block("named barrier", nullptr, id);
+  acquire(group.complete);
 }
 
-unsigned emulated_counter_add(unsigned* counter, unsigned n) {
+unsigned emulated_counter_add(unsigned* counter, unsigned n, bool acquires) {
   maybe_pause(4);
   unsigned before = *counter;
+  Clock& clock = machine.counters[counter];
+  if (acquires) acquire(clock);
+  release(clock);
   *counter = before + n;
   wake_counter_waiters();
   maybe_pause(4);
@@ -158,6 +173,7 @@ void grid_wait(const unsigned* counter, unsigned goal) {
     machine.waiters.push_back({counter, goal, machine.current});
     block("a counter in global memory to reach a goal,", counter, goal);
   }
+  acquire(machine.counters[counter]);
 }
 
 void mbarrier_init(uint64_t* address, unsigned count) {
@@ -169,6 +185,7 @@ void mbarrier_init(uint64_t* address, unsigned count) {
   Barrier& barrier = here().barriers[address];
   barrier = {};
   barrier.count = barrier.pending = count;
+  barrier.agent = here().barriers.size() - 1;
 }
 
 void mbarrier_fence_init() { maybe_pause(4); }
@@ -195,6 +212,7 @@ void mbarrier_wait(uint64_t* address, unsigned parity) {
     block("mbarrier of parity", address, parity);
     find(address);
   }
+  acquire(barrier.complete);
 }
 
 void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* address) {
@@ -204,11 +222,12 @@ void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* addre
     fail("a bulk load of " + std::to_string(bytes) + " bytes to byte " + std::to_string(offset) + " of shared memory from an address with " +
          std::to_string(reinterpret_cast<uint64_t>(global) % 16) + " bytes behind a multiple of 16");
   if (offset < 0 || offset + long(bytes) > long(machine.shared_bytes)) fail("a bulk load outside " + shared_place(shared));
-  find(address);
+  Barrier& barrier = find(address);
   for (const Load& other : machine.loads)
     if (other.shared < static_cast<unsigned char*>(shared) + bytes && shared < static_cast<unsigned char*>(other.shared) + other.bytes)
       fail("a bulk load over one that is under way: " + shared_place(shared));
   memset(shared, 0xff, bytes);
-  machine.loads.push_back({shared, global, bytes, address});
+  machine.loads.push_back({shared, global, bytes, address, ++machine.issued});
+  issue_load(machine.loads.back(), barrier.agent, __builtin_return_address(0));
 }
 }

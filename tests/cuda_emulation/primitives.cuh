@@ -47,7 +47,8 @@ void emulated_fail(const char* reason);
 void emulated_pause();  // another thread may run here
 uint64_t emulated_exchange(int kind, unsigned mask, uint64_t value, int source);
 void emulated_group_sync(int id, int threads, bool waits);
-unsigned emulated_counter_add(unsigned* counter, unsigned n);
+unsigned emulated_counter_add(unsigned* counter, unsigned n, bool acquires);
+void emulated_read_constant(const void* address, size_t bytes);
 
 void mbarrier_init(uint64_t* barrier, unsigned count);
 void mbarrier_fence_init();
@@ -62,8 +63,8 @@ static inline unsigned lane() { return threadIdx.x % 32; }
 static inline unsigned warp() { return threadIdx.x / 32; }
 static inline void group_sync(int id, int threads) { emulated_group_sync(id, threads, true); }
 static inline void group_arrive(int id, int threads) { emulated_group_sync(id, threads, false); }
-static inline unsigned grid_add(unsigned* counter) { return emulated_counter_add(counter, 1); }
-static inline void grid_arrive(unsigned* counter) { emulated_counter_add(counter, 1); }
+static inline unsigned grid_add(unsigned* counter) { return emulated_counter_add(counter, 1, true); }
+static inline void grid_arrive(unsigned* counter) { emulated_counter_add(counter, 1, false); }
 
 template <typename T>
 static inline T load_shared_by_others(const T* address) {
@@ -71,7 +72,10 @@ static inline T load_shared_by_others(const T* address) {
   return *address;
 }
 template <typename T>
-static inline T load_stream(const T* address) { return *address; }
+static inline T load_stream(const T* address) {
+  emulated_read_constant(address, sizeof(T));
+  return *address;
+}
 
 // ---- CUDA's own ----
 enum { EMULATED_SHUFFLE, EMULATED_BALLOT, EMULATED_SYNC };
@@ -113,10 +117,10 @@ static inline void __threadfence() { emulated_pause(); }
 static inline void __threadfence_block() { emulated_pause(); }
 static inline void __nanosleep(unsigned) { emulated_pause(); }
 static inline void __trap() { emulated_fail("__trap()"); }
-static inline unsigned atomicAdd(unsigned* address, unsigned n) { return emulated_counter_add(address, n); }
+static inline unsigned atomicAdd(unsigned* address, unsigned n) { return emulated_counter_add(address, n, false); }
 
 template <typename T>
-static inline T __ldg(const T* p) { return *p; }
+static inline T __ldg(const T* p) { return load_stream(p); }
 template <typename T>
 static inline T __ldcg(const T* p) { return *p; }
 template <typename T>

@@ -3,15 +3,14 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <map>
-#include <random>
 #include <string>
 #include <vector>
 
 namespace emulated {
 
 constexpr unsigned FULL = 0xffffffffu;
+using Clock = std::vector<uint32_t>;  // of each thread, and of each mbarrier's loads: what has happened before
 struct Warp;
 
 struct Fiber {
@@ -31,6 +30,7 @@ struct Meeting {
   int kind = -1;
   uint64_t values[2][32];
   unsigned lanes[2] = {0, 0};
+  Clock clock[2];
 };
 
 struct Warp {
@@ -44,13 +44,16 @@ struct Barrier {  // an mbarrier
   unsigned count = 0, pending = 0;
   long bytes = 0;
   uint64_t phase = 0;
+  unsigned agent = 0;
   std::vector<Fiber*> waiting;
+  Clock arriving, complete;
 };
 
 struct Group {  // a named barrier
   int threads = 0, arrived = 0;
   unsigned generation = 0;
   std::vector<Fiber*> waiting;
+  Clock arriving, complete;
 };
 
 struct Load {
@@ -58,6 +61,7 @@ struct Load {
   const void* global;
   unsigned bytes;
   uint64_t* barrier;
+  uint64_t number;  // of the loads of the grid, from 1
 };
 
 struct Cta {
@@ -80,10 +84,14 @@ struct Machine {
   std::vector<Warp*> ready;
   std::vector<Load> loads;
   std::vector<Waiter> waiters;
+  std::map<const unsigned*, Clock> counters;
+  uint64_t issued = 0;
+  bool races = false;
   Fiber* current = nullptr;
-  std::function<void()> kernel;
+  void (*kernel)(void**) = nullptr;
+  void** arguments = nullptr;
   std::string failure;
-  std::mt19937 random;
+  uint64_t random = 1;  // the state of splitmix64
   unsigned late = 0;  // one in so many decisions completes a load
   uint64_t switches = 0, limit = 0;
 };
@@ -94,6 +102,7 @@ extern Machine machine;
 std::string name(const Fiber& fiber);
 void make_ready(Fiber* fiber);
 void block(const char* waits, const void* at, uint64_t value);
+uint32_t draw();
 bool chance(unsigned one_in);
 
 // barriers.cpp
@@ -101,5 +110,13 @@ void complete(const Load& load);
 bool wake_counter_waiters();
 Cta& here();
 std::string shared_place(const void* address);
+
+
+// races.cpp
+void start_races(const void* stacks, size_t bytes);
+void release(Clock& clock);
+void acquire(const Clock& clock);
+void issue_load(const Load& load, unsigned agent, const void* code);
+void release_load(Clock& clock, unsigned cta, unsigned agent, uint64_t number);
 
 }  // namespace emulated

@@ -74,7 +74,12 @@ static void change(void** save, void* load) {
 static void discard(Fiber& fiber) { delete static_cast<ucontext_t*>(fiber.stack_pointer); }
 #endif
 
-bool chance(unsigned one_in) { return one_in && machine.random() % one_in == 0; }
+uint32_t draw() {
+  uint64_t mixed = machine.random += 0x9e3779b97f4a7c15u;
+  mixed = (mixed ^ mixed >> 30) * 0xbf58476d1ce4e5b9u;
+  return uint32_t((mixed ^ mixed >> 27) * 0x94d049bb133111ebu >> 32);
+}
+bool chance(unsigned one_in) { return one_in && draw() % one_in == 0; }
 
 std::string name(const Fiber& fiber) {
   char text[96];
@@ -125,7 +130,7 @@ static std::string deadlock() {
 static Warp* choose() {
   for (;;) {
     if (!machine.loads.empty() && (machine.ready.empty() || chance(machine.late))) {
-      size_t i = machine.random() % machine.loads.size();
+      size_t i = draw() % machine.loads.size();
       Load load = machine.loads[i];
       machine.loads[i] = machine.loads.back();
       machine.loads.pop_back();
@@ -136,7 +141,7 @@ static Warp* choose() {
       if (wake_counter_waiters()) continue;
       return nullptr;
     }
-    size_t i = machine.random() % machine.ready.size();
+    size_t i = draw() % machine.ready.size();
     Warp* warp = machine.ready[i];
     if (warp->runnable) return warp;
     warp->queued = false;
@@ -156,8 +161,8 @@ static Fiber* next() {
   if (!warp || !warp->runnable || machine.budget == 0) {
     warp = choose();
     if (!warp) return nullptr;
-    machine.budget = 1 + machine.random() % 256;  // a warp mostly goes on for a while
-    from = machine.random() % 32;
+    machine.budget = 1 + draw() % 256;  // a warp mostly goes on for a while
+    from = draw() % 32;
   }
   machine.budget--;
   unsigned after = warp->runnable & (FULL << from);
@@ -189,7 +194,7 @@ void block(const char* waits, const void* at, uint64_t value) {
 }
 
 static void run_fiber() {
-  machine.kernel();
+  machine.kernel(machine.arguments);
   Fiber* fiber = machine.current;
   fiber->done = true;
   fiber->warp->present &= ~fiber->bit();
@@ -225,7 +230,8 @@ static void prepare(unsigned grid, unsigned block, unsigned shared_bytes, unsign
   machine.grid = grid, machine.block = block, machine.shared_bytes = shared_bytes;
   machine.live = grid * block, machine.budget = 0, machine.switches = 0, machine.current = nullptr;
   machine.ready.clear(), machine.loads.clear(), machine.waiters.clear(), machine.failure.clear();
-  machine.random.seed(seed);
+  machine.counters.clear(), machine.issued = 0;
+  machine.random = seed;
   static const unsigned lateness[] = {2, 0, 32, 8};  // 0: only once nothing else can run
   machine.late = lateness[seed % 4];
   machine.fibers.assign(grid * block, {});
@@ -246,6 +252,7 @@ static void prepare(unsigned grid, unsigned block, unsigned shared_bytes, unsign
   }
   for (Cta& cta : machine.ctas) cta.shared = guarded(shared_bytes, 128);
   ::gridDim.x = grid, ::blockDim.x = block;
+  start_races(stacks, STACK * machine.fibers.size());
 }
 
 }  // namespace emulated
@@ -253,7 +260,7 @@ static void prepare(unsigned grid, unsigned block, unsigned shared_bytes, unsign
 using namespace emulated;
 
 // 0, or 1 with what went wrong in `message`.
-extern "C" int emulated_run(unsigned grid, unsigned block, unsigned shared_bytes, unsigned seed, uint64_t limit,
+extern "C" int emulated_run(unsigned grid, unsigned block, unsigned shared_bytes, unsigned seed, int races, uint64_t limit,
                             void (*kernel)(void**), void** arguments, char* message, size_t room) {
   size_t bytes = STACK * grid * block, signal_bytes = 64 << 10;
   void* mapped = mmap(nullptr, bytes + signal_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -263,7 +270,8 @@ extern "C" int emulated_run(unsigned grid, unsigned block, unsigned shared_bytes
   }
   stacks = static_cast<unsigned char*>(mapped);
   machine.limit = limit;
-  machine.kernel = [=] { kernel(arguments); };
+  machine.races = races;
+  machine.kernel = kernel, machine.arguments = arguments;
   prepare(grid, block, shared_bytes, seed);
   stack_t aside = {}, aside_before;
   aside.ss_sp = stacks + bytes, aside.ss_size = signal_bytes;
