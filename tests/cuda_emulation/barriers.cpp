@@ -215,6 +215,14 @@ void mbarrier_wait(uint64_t* address, unsigned parity) {
   acquire(barrier.complete);
 }
 
+bool emulated_done(uint64_t* address, unsigned parity) {
+  maybe_pause(2);
+  Barrier& barrier = find(address);
+  if ((barrier.phase & 1) == parity) return false;
+  acquire(barrier.complete);
+  return true;
+}
+
 void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* address) {
   maybe_pause(8);
   long offset = static_cast<unsigned char*>(shared) - here().shared;

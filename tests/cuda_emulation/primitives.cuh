@@ -55,6 +55,7 @@ void mbarrier_fence_init();
 void mbarrier_expect(uint64_t* barrier, unsigned bytes);
 void mbarrier_arrive(uint64_t* barrier);
 void mbarrier_wait(uint64_t* barrier, unsigned parity);
+bool emulated_done(uint64_t* barrier, unsigned parity);
 void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
 void grid_wait(const unsigned* counter, unsigned goal);
 }
@@ -64,6 +65,11 @@ static inline unsigned warp() { return threadIdx.x / 32; }
 static inline void group_sync(int id, int threads) { emulated_group_sync(id, threads, true); }
 static inline void group_arrive(int id, int threads) { emulated_group_sync(id, threads, false); }
 static inline unsigned grid_add(unsigned* counter) { return emulated_counter_add(counter, 1, true); }
+static inline bool mbarrier_done(uint64_t* barrier, unsigned parity) { return emulated_done(barrier, parity); }
+static inline void bulk_prefetch(const void* global, unsigned bytes) {
+  if (uint64_t(global) % 16 || bytes % 16) emulated_fail("a prefetch that is not of whole 16 bytes");
+  for (unsigned i = 0; i < bytes; i += 16) *(const volatile char*)((const char*)global + i);  // faults if not there
+}
 static inline void grid_arrive(unsigned* counter) { emulated_counter_add(counter, 1, false); }
 
 template <typename T>
@@ -195,3 +201,5 @@ static inline uint16_t float_to_half(float value) {
   }
   return uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13));
 }
+static inline float2 halves_to_floats(uint32_t v) { return {half_to_float(uint16_t(v)), half_to_float(v >> 16)}; }
+static inline float2 bfloats_to_floats(uint32_t v) { return {bfloat_to_float(uint16_t(v)), bfloat_to_float(v >> 16)}; }
