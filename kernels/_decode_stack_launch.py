@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 HALVES = (torch.float16, torch.bfloat16)
 MAX_PARAMETERS = 32764  # bytes
+_plans = functools.lru_cache(maxsize=32)(plan)
 
 
 def sizes_of(s: Stack) -> Sizes:
@@ -43,10 +44,11 @@ def supports(s: Stack, device: Device) -> str | None:
         return "a weight's rows are no multiple of 8 long"
     if any(n % 8 for i, n in enumerate(s.layout) if i % 3):
         return f"the heads are at {list(s.layout)}; allowed: rows in multiples of 8"
-    fitting = plan(sizes_of(s), device)
+    fitting = _plans(sizes_of(s), device)
     if isinstance(fitting, str):
         return fitting
-    size = len(arguments(s, None, 0)[0])
+    pointers = 12 + 2 * len(s.in_weights) // s.layers + (4 if s.gated else 2)  # of a layer
+    size = 8 * (17 + s.layers * pointers)
     return f"the kernel's parameters are {size} bytes; allowed: {MAX_PARAMETERS}" if size > MAX_PARAMETERS else None
 
 
@@ -127,17 +129,15 @@ def constants(s: Stack, fitting: Plan) -> dict[str, int]:
     }  # fmt: skip
 
 
-def arguments(s: Stack, out: Tensor | None, workspace: int) -> tuple[bytes, list[Tensor]]:
-    """The struct `Arguments` of cuda/decode_stack_parts.cuh; without `out` of no addresses, to know its size."""
-    held: list[Tensor] = []
+def arguments(s: Stack, out: Tensor, workspace: int) -> tuple[bytes, Tensor]:
+    """The struct `Arguments` of cuda/decode_stack_parts.cuh, and a tensor to hold until it has been used."""
 
     def at(t: Tensor | None) -> int:
-        return 0 if t is None or out is None else t.data_ptr()
+        return 0 if t is None else t.data_ptr()
 
     x = s.x
-    if out is not None and (not x.is_contiguous() or x.data_ptr() % 16):
+    if not x.is_contiguous() or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-        held.append(x)
     keys, values = s.key_caches[0], s.value_caches[0]
     words = [at(x), at(out), at(s.cos), at(s.sin), at(s.positions), at(s.head_norm_weight), at(s.head_norm_bias),
              at(s.head_weight), at(s.head_bias), workspace]  # fmt: skip
@@ -151,7 +151,7 @@ def arguments(s: Stack, out: Tensor | None, workspace: int) -> tuple[bytes, list
                     *s.up_weights[up], *s.up_biases[up], s.out_weights[i], s.out_biases[i], s.down_weights[i],
                     s.down_biases[i], s.key_caches[i], s.value_caches[i], s.lengths[i] if s.lengths else None,
                     s.masks[i if len(s.masks) > 1 else 0]]  # fmt: skip
-    return numbers + struct.pack(f"={len(tensors)}q", *map(at, tensors)), held
+    return numbers + struct.pack(f"={len(tensors)}q", *map(at, tensors)), x
 
 
 @functools.cache
@@ -160,20 +160,18 @@ def device_of(index: int) -> Device:
     return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
-_plans = functools.lru_cache(maxsize=32)(plan)
-
-
-def launch(s: Stack, extra: tuple[tuple[str, int], ...] = ()) -> Tensor:
-    """Runs the kernel; extra: further macros, for measurements."""
+def launch(s: Stack, macros: tuple[tuple[str, int], ...] = (), **choices: int) -> Tensor:
+    """Runs the kernel; macros and choices: further ones for the compiler and for `plan`, for measurements."""
     index = s.x.device.index
     device = device_of(index)
-    fitting = _plans(sizes_of(s), device)
-    assert not isinstance(fitting, str), fitting
-    macros = tuple({**constants(s, fitting), **dict(extra)}.items())
-    kernel = _cuda.kernel("decode_stack", macros, index, device.multiprocessors, fitting.threads, fitting.shared_bytes)
+    fitting = _plans(sizes_of(s), device, **choices)
+    if isinstance(fitting, str):
+        raise ValueError(f"decode_stack: {fitting}")
+    given = tuple({**constants(s, fitting), **dict(macros)}.items())
+    kernel = _cuda.kernel("decode_stack", given, index, device.multiprocessors, fitting.threads, fitting.shared_bytes)
     out = s.x.new_empty(1, 1, s.x.shape[2] if s.head_weight is None else s.head_weight.shape[0])
     workspace = torch.empty(fitting.workspace, dtype=torch.uint8, device=s.x.device)
-    given, _held = arguments(s, out, workspace.data_ptr())
+    struct_, _held = arguments(s, out, workspace.data_ptr())
     with torch.cuda.device(index):
-        kernel.launch(given, workspace.data_ptr(), fitting.counters, torch.cuda.current_stream().cuda_stream)
+        kernel.launch(struct_, workspace.data_ptr(), fitting.counters, torch.cuda.current_stream().cuda_stream)
     return out

@@ -63,7 +63,7 @@ def _matrix_warps(columns: list[tuple[int, int]]) -> int:
             total += rows * -(-slices // warps) / groups
         return total * (1 + 0.02 * warps)
 
-    return min((10, 8, 12), key=spent)
+    return min((8, 9, 10, 11), key=spent)
 
 
 def _chunk(columns: int, warps: int, limit: int) -> tuple[int, int]:

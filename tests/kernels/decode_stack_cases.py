@@ -128,6 +128,6 @@ def emulated(s: Stack, case: Case, seed: int = 0, races: bool = False, workspace
     if workspace is None:
         workspace = guarded(torch.full((fitting.workspace,), 0xFF, dtype=torch.uint8))
     workspace[: fitting.counters] = 0
-    given, _held = launching.arguments(s, out, workspace.data_ptr())
+    given, _ = launching.arguments(s, out, workspace.data_ptr())
     kernel(case.multiprocessors, fitting.threads, fitting.shared_bytes, [given], seed=seed)
     return out
