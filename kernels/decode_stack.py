@@ -33,13 +33,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _cuda
+from . import _decode_stack_launch as _launch
 from ._ops import define_opaque_op
 from ._qk_common import Spec, check_tables, require
 from .decode_attention import reference as attention
 from .linear_residual_gemv import reference as linear_residual
 from .norm_linear_gemv import reference as norm_linear
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 NORMS = ("layer", "rms")
 Some = Sequence[Tensor]
 SomeOrNone = Sequence[Tensor | None]
@@ -104,7 +105,7 @@ def check(s: Stack) -> None:
     _need(s.x.dim() == 3 and s.x.shape[0] == 1 and s.x.shape[1] == 1, "x.shape", tuple(s.x.shape), "[1, 1, K]")
     _need(s.layers > 0, "len(out_weights)", 0, "at least one layer")
     _need(s.norm in NORMS, "norm", repr(s.norm), ", ".join(NORMS))
-    _need(s.activation in ACTIVATIONS, "activation", repr(s.activation), ", ".join(ACTIVATIONS))
+    _need(s.activation in _launch.ACTIVATIONS, "activation", repr(s.activation), ", ".join(_launch.ACTIVATIONS))
     _need(s.kv_heads > 0 and s.heads % s.kv_heads == 0, "kv_heads", s.kv_heads, f"a divisor of heads = {s.heads}")
     _check_weights(s)
     _check_caches(s)
@@ -227,9 +228,14 @@ def _attended(s: Stack, layer: int, projected: Some) -> Tensor:
 def supports(*arguments: object) -> str | None:
     """Why the kernel cannot take the op's arguments, also fake ones (the op then runs its reference), or None."""
     s = Stack(*arguments)  # type: ignore[arg-type]
-    if s.x.device.type != "cuda":
-        return f"the kernel is for CUDA devices, not {s.x.device.type!r}"
-    return "the kernel is not there yet"
+    if reason := _cuda.unavailable(s.x.device):
+        return reason
+    return _launch.supports(s, _launch.device_of(s.x.device.index or 0))
+
+
+def supports_device(device: torch.device) -> str | None:
+    """Why the kernel does not run on a device, or None."""
+    return _cuda.unavailable(device)
 
 
 def _fake(*arguments: object) -> Tensor:
@@ -251,7 +257,9 @@ def _forward(x: Tensor, norm_weights: Sequence[Tensor | None], norm_biases: Sequ
              scale: float) -> Tensor:  # fmt: skip
     s = Stack(**locals())
     check(s)
-    return reference(*s)
+    if supports(*s) is not None or _launch.misplaced(s) is not None:
+        return reference(*s)
+    return _launch.launch(s)
 
 
 decode_stack = define_opaque_op(
