@@ -11,7 +11,8 @@ from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.norm import norms_of
 from torch_fuse.graph.values import equal, tensor
 from torch_fuse.kernels import norm_linear_gemv
-from torch_fuse.patterns._decode_layers import Layer, check_unread, is_call, linear_of, straight
+from torch_fuse.patterns._decode_layers import Layer, check_unread, is_call, linear_of
+from torch_fuse.patterns._decode_views import straight
 from torch_fuse.patterns.decode_norm_linear import check_bias
 
 _MOST_VIEWS = 8

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.fx import Node, map_arg
+from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.effects import mutated
 from torch_fuse.graph.miss import Kept, Miss
-from torch_fuse.graph.values import same_shape, static_int, tensor, value
+from torch_fuse.graph.values import same_shape, static_int, tensor
 from torch_fuse.kernels import decode_attention, linear_residual_gemv, norm_linear_gemv
+from torch_fuse.patterns._decode_views import MOST_VIEWS, replayed, source_of
 
-_VIEWS = {"view", "reshape", "flatten", "unflatten", "transpose", "permute", "unsqueeze", "squeeze", "select", "narrow",
-          "getitem", "chunk", "split", "unbind", "contiguous", "clone"}  # fmt: skip
-_MOST_VIEWS, _MOST_LEFT_OVER = 16, 64
+_MOST_LEFT_OVER = 64
 
 
 class Geometry(NamedTuple):
@@ -125,7 +124,7 @@ def match_layer(attention: Node) -> Layer:
         inner, hidden, end = residual, *_sequential(residual, nodes)
         e = _arguments(end, linear_residual_gemv)
         down = (e.w1, e.b1)
-    up = linear_of(_straight(hidden, _is_output, nodes))[1]
+    up = linear_of(source_of(hidden, _is_output, nodes))[1]
     second = _norm_linear(up.call)
     for linear, wanted in (*((linear, stream) for linear in ins), (up, inner)):
         call = _norm_linear(linear.call)
@@ -153,14 +152,16 @@ def match_layer(attention: Node) -> Layer:
     )  # fmt: skip
 
 
-def straight(node: Node, source: Node) -> set[Node] | None:
-    """The nodes behind `source` up to `node`, when they only give its elements another shape, in their order."""
-    nodes: set[Node] = set()
-    try:
-        _straight(node, lambda below: below is source, nodes)
-    except Miss:
-        return None
-    return nodes - {source}
+def tensors_of(layer: Layer) -> Iterator[tuple[str, Node | None]]:
+    """All that a layer reads besides the stream, with names for messages."""
+    for name, nodes in layer.weights.items():
+        for node in nodes:
+            yield name, node
+    yield from zip(("cos", "sin"), layer.tables, strict=True)
+    yield from zip(("key_caches", "value_caches"), layer.caches, strict=True)
+    yield "lengths", layer.length
+    yield "positions", layer.positions
+    yield "masks", layer.mask
 
 
 def _sizes(a: SimpleNamespace, attention: Node) -> tuple[int, int, int]:
@@ -179,7 +180,7 @@ def _sizes(a: SimpleNamespace, attention: Node) -> tuple[int, int, int]:
 
 def _projection(node: Node, nodes: set[Node]) -> tuple[Node, tuple[int, int]]:
     """The product that query, key or value [1, 1, H, D] is a view of, its first row and the rows from head to head."""
-    source, rows = _replayed(node, _is_output, nodes)
+    source, rows = replayed(node, _is_output, nodes)
     count, dim = rows.shape[2:]
     first, step = int(rows[0, 0, 0, 0]), int(rows[0, 0, 1, 0] - rows[0, 0, 0, 0]) if count > 1 else int(dim)
     if not torch.equal(rows[0, 0], first + step * torch.arange(count)[:, None] + torch.arange(dim)):
@@ -190,12 +191,12 @@ def _projection(node: Node, nodes: set[Node]) -> tuple[Node, tuple[int, int]]:
 def _into_residual(node: Node, nodes: set[Node]) -> tuple[Node, Node]:
     """The residual sum that a value goes into, over views that keep its order, and the input of it that it is."""
     end = node
-    for _ in range(_MOST_VIEWS):
+    for _ in range(MOST_VIEWS):
         if len(end.users) != 1:
             raise Kept(f"{end.name} is read {len(end.users)} times inside of a layer", end)
         (user,) = end.users
         if is_call(user, linear_residual_gemv):
-            _straight(end, lambda below: below is node, nodes)
+            source_of(end, lambda below: below is node, nodes)
             return user, end
         end = user
     raise Miss(f"{node.name} does not go into the product in front of a residual sum", node)
@@ -276,76 +277,3 @@ def linear_of(output: Node) -> tuple[SimpleNamespace, Linear]:
         call, tuple(a.weights[part]), tuple(a.biases[part]), (a.norm_weights[part.start], a.norm_biases[part.start]),
         activation,
     )  # fmt: skip
-
-
-# -- views ---------------------------------------------------------------------------------------------------------
-
-
-def _straight(node: Node, ends: Callable[[Node], bool], nodes: set[Node]) -> Node:
-    """What `node` is a view of, with all elements in the same order."""
-    source, elements = _replayed(node, ends, nodes)
-    if not torch.equal(elements.flatten(), torch.arange(value(source).numel(), device="cpu")):
-        raise Miss(f"{node.name} has the elements of {source.name} in another order", node)
-    return source
-
-
-def _replayed(node: Node, ends: Callable[[Node], bool], nodes: set[Node]) -> tuple[Node, torch.Tensor]:
-    """Which elements of what it is a view of a value has: found by running the views on their numbers."""
-    chain: list[Node] = []
-    source = node
-    while not ends(source):
-        call = call_of(source)
-        below = None if call is None or call.inplace or len(chain) == _MOST_VIEWS else call.args.get("input")
-        if call is None or not isinstance(below, Node) or not (call.op in _VIEWS or _changes_nothing(source)):
-            raise Miss(f"{source.name} is no view of what the op before it computes", source)
-        chain.append(source)
-        source = below
-    found = tensor(source)
-    assert found is not None
-    shape = [static_int(size) for size in found.shape]
-    if None in shape:
-        raise Miss(f"{source.name} has a size that is not static", source)
-    elements: Any = torch.arange(found.numel(), device="cpu").reshape(shape)  # type: ignore[arg-type]
-    for step in reversed(chain):
-        elements = elements if _changes_nothing(step) else _replay(step, elements)
-    nodes |= {source, *chain}
-    return source, elements
-
-
-def _changes_nothing(node: Node) -> bool:
-    """Whether a node is a dropout that drops nothing, or a cast to the type that there is."""
-    call = call_of(node)
-    if call is None or call.inplace or call.op not in ("dropout", "cast"):
-        return False
-    if call.op == "dropout":
-        return call["training"] is False or call["p"] == 0
-    before, after = tensor(call["input"]), tensor(node)
-    return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
-
-
-def _replay(node: Node, elements: Any) -> Any:
-    call = call_of(node)
-    assert call is not None
-
-    def given(other: Node) -> Any:
-        number = elements if other is call["input"] else static_int(value(other))
-        if number is None:
-            raise Miss(f"{node.name} is a view with a size that is not static", node)
-        return number
-
-    args, kwargs = map_arg((node.args, node.kwargs), given)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def tensors_of(layer: Layer) -> Iterator[tuple[str, Node | None]]:
-    """All that a layer reads besides the stream, with names for messages."""
-    for name, nodes in layer.weights.items():
-        for node in nodes:
-            yield name, node
-    yield from zip(("cos", "sin"), layer.tables, strict=True)
-    yield from zip(("key_caches", "value_caches"), layer.caches, strict=True)
-    yield "lengths", layer.length
-    yield "positions", layer.positions
-    yield "masks", layer.mask
