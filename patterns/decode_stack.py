@@ -204,7 +204,10 @@ def _check_written(
     together = set().union(*found)
     if sum(map(len, found)) != len(written) or len(together) != len(written):
         raise Miss("caches or counters share memory, with each other or between layers", result)
-    for node in inputs:
+    device = value(result).device
+    for node in (*inputs, *written):
+        if value(node).device != device:  # a counter without dimensions may be anywhere
+            raise Miss(f"{node.name} is on {value(node).device}, the result on {device}", node)
         if node not in written and storages(node) & together:
             raise Miss(f"{node.name} shares memory with a cache", node)
     for node in view.gm.graph.nodes:
