@@ -90,19 +90,23 @@ def plan(sizes: Sizes, device: Device, matrix_warps: int | None = None, max_chun
               (("IN", sizes.width), ("OUT", attended), ("DOWN", sizes.inner))}  # fmt: skip
     if chunks["IN"][1] > 1:
         return f"a row of {sizes.width} columns does not fit a slot of {max_chunk} bytes"
-    slot = 0
+    slot, in_chunk = 0, dict[str, int]()
     for name, columns in (("IN", sizes.width), ("OUT", attended), ("DOWN", sizes.inner)):
         per_warp, segments = chunks[name]
         groups = max(warps // _slices(columns), 1) if segments == 1 else 1
         part = min(-(-_slices(columns) // segments) * SLICE, columns)
+        in_chunk[name] = per_warp * groups
         slot = max(slot, per_warp * groups * part * 2)
         vector = segments * -(-min(-(-_slices(columns) // segments), _slices(columns)) // warps) * 8
         if vector > MAX_VECTOR:
             return f"rows of {columns} columns need {vector} registers a thread; allowed: {MAX_VECTOR}"
     slot = -(-slot // 128) * 128
     kept = -(-sizes.width // blocks)
-    if sizes.parallel and kept > round_rows:
-        return f"{sizes.width} rows on {blocks} multiprocessors are over {round_rows} each"
+    rounds = {name: round_rows // rows * rows for name, rows in in_chunk.items()}
+    if min(rounds.values()) == 0:
+        return f"a chunk has {max(in_chunk.values())} rows; allowed: {round_rows}"
+    if sizes.parallel and kept > rounds["OUT"]:
+        return f"{sizes.width} rows on {blocks} multiprocessors are over {rounds['OUT']} each"
     rest = _rest_bytes(sizes, warps, round_rows, kept)
     slots = min((device.shared_bytes - rest) // (slot + 16), max_slots)
     if slots < 3:

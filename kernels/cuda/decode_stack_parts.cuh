@@ -117,7 +117,7 @@ struct Rest {
   int last;
 };
 static_assert(!PARALLEL || (KEPT_ROWS * CTAS >= WIDTH && KEPT_ROWS <= Out::ROUND_ROWS), "all of a block's rows are kept");
-static_assert(sizeof(Arguments) <= 32764, "the kernel's parameters");
+static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the host's struct is the same");
 static_assert(sizeof(Rest) <= REST_BYTES, "what the host asks for is enough");
 
 __device__ __forceinline__ float widened(uint16_t x) { return BFLOAT ? bfloat_to_float(x) : half_to_float(x); }
