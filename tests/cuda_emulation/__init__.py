@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ class EmulationError(RuntimeError):
 
 def unavailable() -> str | None:
     """Why kernels cannot be emulated here, or None."""
+    if sys.platform != "linux":
+        return f"the fibers are made for Linux, not {sys.platform}"
     return None if shutil.which("g++") else "no g++"
 
 
