@@ -180,6 +180,40 @@ def measure(log: Log, name: str, s: Stack, live: int, makers: dict[str, Callable
                   tb_s=round(moved(s, live) / ms / 1e9, 3), of_floor=round(ms / floor, 3), **fields)  # fmt: skip
 
 
+EVENTS = ("begin", "stream", "projected", "up", "inner", "down", "attended", "out", "query", "tasks")
+
+
+def traced(log: Log, name: str, s: Stack) -> None:
+    """Where a step's time goes: for each event of a layer, us after the first block's begin, over layers but the first.
+
+    `mean` and `last` are of the blocks; stream, inner and attended come after a wait. In a parallel decoder: begin
+    (wait for the stream) stream (QKV) projected (up) up (wait) inner (down) down (wait) attended (out) out.
+    """
+    found = launching.ready(s, trace=True)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    for _ in range(3):  # the last one counts
+        workspace = torch.zeros(found.plan.workspace, dtype=torch.uint8, device=s.x.device)
+        found.launch(s, workspace)
+    blocks = found.plan.constants["CTAS"]
+    times = workspace[found.plan.constants["TRACE_AT"] :].view(torch.int64).view(blocks, s.layers, 16).double()
+    times = times[:, 1:, : len(EVENTS)] * 1e-3
+    begin = times[:, :, 0].amin(0)
+    rows = {}
+    for i, event in enumerate(EVENTS):
+        there = times[:, :, i] > 0  # blocks without tasks have no such event
+        after = torch.where(there, times[:, :, i] - begin, 0.0)
+        mean = after.sum(0) / there.sum(0).clamp(min=1)
+        rows[event] = [round(float(mean.mean()), 2), round(float(after.amax(0).mean()), 2)]
+    layer = (times[:, :, 0].amin(0)[1:] - begin[:-1]).mean()
+    waits = {
+        name: [round(float((times[:, :, b] - times[:, :, a]).mean()), 2),
+               round(float((times[:, :, b] - times[:, :, a]).amin(0).mean()), 2)]
+        for name, a, b in (("stream", 0, 1), ("inner", 3, 4), ("attended", 5, 6))
+    }  # fmt: skip
+    log.write(what="trace", name=name, layer_us=round(float(layer), 2), mean_last_us=rows, waits_mean_least_us=waits)
+
+
 def chain(s: Stack) -> Callable[[], Any]:
     """The same step of a parallel decoder by three ops a layer, as the patterns emit them."""
 
@@ -215,6 +249,7 @@ def run(log: Log, name: str, dry: bool, sweep: bool, times: int, parts: bool, wi
     if dry:
         return
     if parts:
+        traced(log, name, s)
         for way, macros in WITHOUT.items():
             measure(log, name, s, live, {way: lambda m=macros: launched(s, m)})
     if with_chain and s.parallel:

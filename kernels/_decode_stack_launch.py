@@ -177,10 +177,11 @@ class Ready(NamedTuple):
     kernel: _cuda.Kernel
     plan: Plan
 
-    def launch(self, s: Stack) -> Tensor:
-        """The op's result."""
+    def launch(self, s: Stack, workspace: Tensor | None = None) -> Tensor:
+        """The op's result; the workspace, bytes, may be given to look at it."""
         out = s.x.new_empty(1, 1, s.x.shape[2] if s.head_weight is None else s.head_weight.shape[0])
-        workspace = torch.empty(self.plan.workspace, dtype=torch.uint8, device=s.x.device)
+        if workspace is None:
+            workspace = torch.empty(self.plan.workspace, dtype=torch.uint8, device=s.x.device)
         given, _held = arguments(s, out, workspace.data_ptr())
         with torch.cuda.device(s.x.device):
             stream = torch.cuda.current_stream().cuda_stream
