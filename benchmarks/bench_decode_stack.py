@@ -123,11 +123,19 @@ def other(s: Stack, dtype: torch.dtype | None = None) -> Stack:
     )  # fmt: skip
 
 
+def launched(s: Stack, macros: dict[str, int] | None = None, **choices: int) -> Callable[[], Tensor]:
+    """The kernel's launch without the op's checks; raises where there is none, instead of running the reference."""
+    found = launching.ready(s, tuple((macros or {}).items()), **choices)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return lambda: found.launch(s)
+
+
 def check(log: Log, name: str, s: Stack) -> None:
     """Raises unless the op is at most twice as far from float64 as the chain in plain torch, in all that it writes."""
     reason = supports(*s)
-    if torch.cuda.is_available() and (reason := reason or launching.misplaced(s)):
-        raise RuntimeError(f"{name}: {reason}")
+    if torch.cuda.is_available():
+        launched(s)
     mine, chain, exact = other(s), other(s), other(s, torch.float64)
     start = time.perf_counter()
     found = decode_stack(*mine)
@@ -148,17 +156,19 @@ def check(log: Log, name: str, s: Stack) -> None:
 def repeats(log: Log, name: str, s: Stack, times: int) -> None:
     """Raises unless the step gives the same bits each time; it may not depend on what a launch finds in its memory."""
     first = decode_stack(*s).clone()
-    found = [launching.launch(s) if torch.cuda.is_available() else decode_stack(*s) for _ in range(times)]
+    call = launched(s) if torch.cuda.is_available() else lambda: decode_stack(*s)
+    found = [call() for _ in range(times)]
     different = sum(not torch.equal(logits, first) for logits in found)
     log.write(what="repeats", name=name, times=times, different=different)
     assert different == 0
 
 
-def measure(log: Log, name: str, s: Stack, live: int, calls: dict[str, Callable[[], Any]], **fields: Any) -> None:
-    """Times each call in a CUDA graph; one that fails is logged."""
+def measure(log: Log, name: str, s: Stack, live: int, makers: dict[str, Callable[[], Any]], **fields: Any) -> None:
+    """Times the calls that are made in a CUDA graph; one that fails is logged."""
     ready = {}
-    for way, call in calls.items():
+    for way, make in makers.items():
         try:
+            call = make()
             call()
             ready[way] = captured(call) if torch.cuda.is_available() else call
         except Exception as problem:
@@ -168,6 +178,40 @@ def measure(log: Log, name: str, s: Stack, live: int, calls: dict[str, Callable[
     for way, ms in found.items():
         log.write(what="decode_stack", name=name, way=way, ms=round(ms, 4), floor_ms=round(floor, 4),
                   tb_s=round(moved(s, live) / ms / 1e9, 3), of_floor=round(ms / floor, 3), **fields)  # fmt: skip
+
+
+EVENTS = ("begin", "stream", "projected", "up", "inner", "down", "attended", "out", "query", "tasks")
+
+
+def traced(log: Log, name: str, s: Stack) -> None:
+    """Where a step's time goes: for each event of a layer, us after the first block's begin, over layers but the first.
+
+    `mean` and `last` are of the blocks; stream, inner and attended come after a wait. In a parallel decoder: begin
+    (wait for the stream) stream (QKV) projected (up) up (wait) inner (down) down (wait) attended (out) out.
+    """
+    found = launching.ready(s, trace=True)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    for _ in range(3):  # the last one counts
+        workspace = torch.zeros(found.plan.workspace, dtype=torch.uint8, device=s.x.device)
+        found.launch(s, workspace)
+    blocks = found.plan.constants["CTAS"]
+    times = workspace[found.plan.constants["TRACE_AT"] :].view(torch.int64).view(blocks, s.layers, 16).double()
+    times = times[:, 1:, : len(EVENTS)] * 1e-3
+    begin = times[:, :, 0].amin(0)
+    rows = {}
+    for i, event in enumerate(EVENTS):
+        there = times[:, :, i] > 0  # blocks without tasks have no such event
+        after = torch.where(there, times[:, :, i] - begin, 0.0)
+        mean = after.sum(0) / there.sum(0).clamp(min=1)
+        rows[event] = [round(float(mean.mean()), 2), round(float(after.amax(0).mean()), 2)]
+    layer = (times[:, :, 0].amin(0)[1:] - begin[:-1]).mean()
+    waits = {
+        name: [round(float((times[:, :, b] - times[:, :, a]).mean()), 2),
+               round(float((times[:, :, b] - times[:, :, a]).amin(0).mean()), 2)]
+        for name, a, b in (("stream", 0, 1), ("inner", 3, 4), ("attended", 5, 6))
+    }  # fmt: skip
+    log.write(what="trace", name=name, layer_us=round(float(layer), 2), mean_last_us=rows, waits_mean_least_us=waits)
 
 
 def chain(s: Stack) -> Callable[[], Any]:
@@ -201,16 +245,17 @@ def run(log: Log, name: str, dry: bool, sweep: bool, times: int, parts: bool, wi
     check(log, name, s)
     s = s._replace(lengths=[], positions=torch.full((1,), live, device=device))  # stays where it is
     repeats(log, name, s, 3 if dry else times)
-    measure(log, name, s, live, {"decode_stack": lambda: decode_stack(*s)})
+    measure(log, name, s, live, {"decode_stack": lambda: lambda: decode_stack(*s)})
     if dry:
         return
     if parts:
+        traced(log, name, s)
         for way, macros in WITHOUT.items():
-            measure(log, name, s, live, {way: lambda m=macros: launching.launch(s, tuple(m.items()))})
+            measure(log, name, s, live, {way: lambda m=macros: launched(s, m)})
     if with_chain and s.parallel:
-        measure(log, name, s, live, {"chain": chain(s), "decode_stack": lambda: decode_stack(*s)})
+        measure(log, name, s, live, {"chain": lambda: chain(s), "decode_stack": lambda: lambda: decode_stack(*s)})
     for choice in CHOICES if sweep else ():
-        measure(log, name, s, live, {"swept": lambda c=choice: launching.launch(s, **c)}, **choice)
+        measure(log, name, s, live, {"swept": lambda c=choice: launched(s, **c)}, **choice)
 
 
 def main() -> None:

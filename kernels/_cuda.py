@@ -28,15 +28,14 @@ def unavailable(device: torch.device) -> str | None:
         return f"the device's compute capability is {capability}; allowed: (9, 0)"
     try:
         from cuda.bindings import driver, nvrtc
-    except ImportError:
-        return "cuda.bindings is not installed"
-    try:
+
         _checked(nvrtc.nvrtcVersion())
         index = torch.cuda.current_device() if device.index is None else device.index
         cooperative = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH
-        torch.cuda.synchronize(device)  # its context is there
         if not _checked(driver.cuDeviceGetAttribute(cooperative, index)):
             return "the device has no cooperative launches"
+    except ImportError:
+        return "cuda.bindings is not installed"
     except RuntimeError as problem:
         return f"NVRTC or the driver cannot be used: {problem}"
     return None
@@ -81,8 +80,9 @@ class Kernel:
         from cuda.bindings import driver
 
         self._driver, self._grid, self._threads, self._shared_bytes = driver, grid, threads, shared_bytes
+        self._index = index
         with torch.cuda.device(index):
-            torch.cuda.current_stream().query()  # the context is current in this thread
+            self._need_context()
             self._module = _checked(driver.cuModuleLoadData(compiled(name, constants)))
             self._function = _checked(driver.cuModuleGetFunction(self._module, name.encode()))
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -95,6 +95,7 @@ class Kernel:
     def launch(self, arguments: bytes, zeroed: int, size: int, stream: int) -> None:
         """Sets `size` bytes at address `zeroed` to 0, then launches; arguments: one struct, by value."""
         driver = self._driver
+        self._need_context()
         _checked(driver.cuMemsetD8Async(zeroed, 0, size, stream))
         struct = ctypes.create_string_buffer(arguments, len(arguments))
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
@@ -105,11 +106,20 @@ class Kernel:
             )
         )  # fmt: skip
 
+    def _need_context(self) -> None:
+        """Makes the device's context the thread's, where it has none: torch does so only when it asks the runtime."""
+        driver = self._driver
+        if int(_checked(driver.cuCtxGetCurrent())) == 0:
+            _checked(driver.cuCtxSetCurrent(_checked(driver.cuDevicePrimaryCtxRetain(self._index))))
+
 
 @functools.lru_cache(maxsize=32)
-def kernel(name: str, constants: Constants, index: int, grid: int, threads: int, shared_bytes: int) -> Kernel:
-    """The kernel, compiled once."""
-    return Kernel(name, constants, index, grid, threads, shared_bytes)
+def kernel(name: str, constants: Constants, index: int, grid: int, threads: int, shared_bytes: int) -> Kernel | str:
+    """The kernel, compiled once, or why it cannot be used."""
+    try:
+        return Kernel(name, constants, index, grid, threads, shared_bytes)
+    except RuntimeError as problem:
+        return str(problem)
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,9 +34,7 @@ def supports(s: Stack, device: Device) -> str | None:
     """Why the kernel cannot take the arguments on such a device, or None; also of fake tensors."""
     if s.x.dtype not in HALVES:
         return f"dtype is {s.x.dtype}; allowed: fp16, bf16"
-    if s.parallel and s.gated:
-        return "a parallel residual with a gated MLP has no kernel"
-    if reason := _differing(s) or _strides(s) or _tables(s):
+    if reason := _elsewhere(s) or _differing(s) or _strides(s) or _tables(s):
         return reason
     if s.head_dim % 8 or s.head_dim > 256:
         return f"head_dim is {s.head_dim}; allowed: multiples of 8 up to 256"
@@ -47,9 +45,16 @@ def supports(s: Stack, device: Device) -> str | None:
     fitting = _plans(sizes_of(s), device)
     if isinstance(fitting, str):
         return fitting
-    pointers = 12 + 2 * len(s.in_weights) // s.layers + (4 if s.gated else 2)  # of a layer
-    size = 8 * (17 + s.layers * pointers)
+    size = _argument_bytes(s)
     return f"the kernel's parameters are {size} bytes; allowed: {MAX_PARAMETERS}" if size > MAX_PARAMETERS else None
+
+
+def _elsewhere(s: Stack) -> str | None:
+    for given in s[:22]:
+        for t in (given,) if isinstance(given, Tensor) else given or ():
+            if t is not None and t.device != s.x.device:
+                return f"a tensor is on {t.device}, and the stream on {s.x.device}"
+    return None
 
 
 def _differing(s: Stack) -> str | None:
@@ -70,13 +75,13 @@ def _differing(s: Stack) -> str | None:
 def _strides(s: Stack) -> str | None:
     weights = (*s.in_weights, *s.up_weights, *s.out_weights, *s.down_weights, s.head_weight)
     for w in weights:
-        if w is not None and (not w.is_contiguous() or w.dtype != s.x.dtype or w.device != s.x.device):
+        if w is not None and (not w.is_contiguous() or w.dtype != s.x.dtype):
             return f"a weight is {w.dtype} of strides {w.stride()}; allowed: {s.x.dtype}, rows side by side"
     for v in _vectors(s):
-        if v is not None and (not v.is_contiguous() or v.dtype != s.x.dtype or v.device != s.x.device):
+        if v is not None and (not v.is_contiguous() or v.dtype != s.x.dtype):
             return f"a bias or norm weight is {v.dtype} of strides {v.stride()}; allowed: {s.x.dtype}, contiguous"
     for c in (s.key_caches[0], s.value_caches[0]):
-        if c.stride(3) != 1 or c.stride(1) % 8 or c.stride(2) % 8:
+        if c.stride(3) != 1 or (c.shape[1] > 1 and c.stride(1) % 8) or (c.shape[2] > 1 and c.stride(2) % 8):
             return f"a cache's strides are {c.stride()}; allowed: lanes side by side, rows in multiples of 8"
     if s.positions is not None and s.positions.dtype not in (torch.int64, torch.int32):
         return f"positions are {s.positions.dtype}; allowed: int64, int32"
@@ -126,7 +131,13 @@ def constants(s: Stack, fitting: Plan) -> dict[str, int]:
         "TABLE_BYTES": table_dtype.itemsize, "TABLE_BFLOAT": int(table_dtype == torch.bfloat16),
         "MASKS": len(s.masks), "COUNTED": int(bool(s.lengths)), "SIZE": int(s.key_caches[0].shape[2]),
         "POSITION_BYTES": 8 if s.positions is None else s.positions.dtype.itemsize,
+        "ARGUMENT_BYTES": _argument_bytes(s),
     }  # fmt: skip
+
+
+def _argument_bytes(s: Stack) -> int:
+    pointers = 12 + 2 * len(s.in_weights) // s.layers + (4 if s.gated else 2)  # of a layer
+    return 8 * (17 + s.layers * pointers)
 
 
 def arguments(s: Stack, out: Tensor, workspace: int) -> tuple[bytes, Tensor]:
@@ -160,18 +171,36 @@ def device_of(index: int) -> Device:
     return Device(properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
-def launch(s: Stack, macros: tuple[tuple[str, int], ...] = (), **choices: int) -> Tensor:
-    """Runs the kernel; macros and choices: further ones for the compiler and for `plan`, for measurements."""
+class Ready(NamedTuple):
+    """A kernel for arguments of one kind."""
+
+    kernel: _cuda.Kernel
+    plan: Plan
+
+    def launch(self, s: Stack, workspace: Tensor | None = None) -> Tensor:
+        """The op's result; the workspace, bytes, may be given to look at it."""
+        out = s.x.new_empty(1, 1, s.x.shape[2] if s.head_weight is None else s.head_weight.shape[0])
+        if workspace is None:
+            workspace = torch.empty(self.plan.workspace, dtype=torch.uint8, device=s.x.device)
+        given, _held = arguments(s, out, workspace.data_ptr())
+        with torch.cuda.device(s.x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            self.kernel.launch(given, workspace.data_ptr(), self.plan.counters, stream)
+        return out
+
+
+def ready(s: Stack, macros: tuple[tuple[str, int], ...] = (), **choices: int) -> Ready | str:
+    """The compiled kernel for such arguments, on a device that `_cuda` can use, or why there is none.
+
+    macros and choices: further ones for the compiler and for `plan`, for measurements.
+    """
     index = s.x.device.index
     device = device_of(index)
+    if reason := supports(s, device) or misplaced(s):
+        return reason
     fitting = _plans(sizes_of(s), device, **choices)
     if isinstance(fitting, str):
-        raise ValueError(f"decode_stack: {fitting}")
+        return fitting
     given = tuple({**constants(s, fitting), **dict(macros)}.items())
     kernel = _cuda.kernel("decode_stack", given, index, device.multiprocessors, fitting.threads, fitting.shared_bytes)
-    out = s.x.new_empty(1, 1, s.x.shape[2] if s.head_weight is None else s.head_weight.shape[0])
-    workspace = torch.empty(fitting.workspace, dtype=torch.uint8, device=s.x.device)
-    struct_, _held = arguments(s, out, workspace.data_ptr())
-    with torch.cuda.device(index):
-        kernel.launch(struct_, workspace.data_ptr(), fitting.counters, torch.cuda.current_stream().cuda_stream)
-    return out
+    return kernel if isinstance(kernel, str) else Ready(kernel, fitting)

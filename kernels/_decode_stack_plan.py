@@ -11,6 +11,7 @@ MAX_CHUNK = 24576  # bytes of a slot
 MAX_VECTOR = 64  # fp32 registers of a thread for the vector that is multiplied
 MAX_SPLITS = 32
 ATTENTION_WARPS = 4
+EVENTS = 16  # of a block and layer whose times are kept
 COUNTERS = 5  # lines of 128 bytes before the heads' counters
 PREFETCH = 0  # chunks beyond the ring that are asked for to the L2
 
@@ -79,7 +80,8 @@ def _chunk(columns: int, warps: int, limit: int) -> tuple[int, int]:
 
 
 def plan(sizes: Sizes, device: Device, matrix_warps: int | None = None, max_chunk: int = MAX_CHUNK,
-         splits: int | None = None, round_rows: int = ROUND, max_slots: int = 64) -> Plan | str:  # fmt: skip
+         splits: int | None = None, round_rows: int = ROUND, max_slots: int = 64,
+         trace: bool = False) -> Plan | str:  # fmt: skip
     """The constants of the kernel, or why it cannot be used."""
     blocks, attended = device.multiprocessors, sizes.heads * sizes.head_dim
     rows = sum(sizes.in_rows) + sizes.inner * (2 if sizes.gated else 1)
@@ -90,19 +92,23 @@ def plan(sizes: Sizes, device: Device, matrix_warps: int | None = None, max_chun
               (("IN", sizes.width), ("OUT", attended), ("DOWN", sizes.inner))}  # fmt: skip
     if chunks["IN"][1] > 1:
         return f"a row of {sizes.width} columns does not fit a slot of {max_chunk} bytes"
-    slot = 0
+    slot, in_chunk = 0, dict[str, int]()
     for name, columns in (("IN", sizes.width), ("OUT", attended), ("DOWN", sizes.inner)):
         per_warp, segments = chunks[name]
         groups = max(warps // _slices(columns), 1) if segments == 1 else 1
         part = min(-(-_slices(columns) // segments) * SLICE, columns)
+        in_chunk[name] = per_warp * groups
         slot = max(slot, per_warp * groups * part * 2)
         vector = segments * -(-min(-(-_slices(columns) // segments), _slices(columns)) // warps) * 8
         if vector > MAX_VECTOR:
             return f"rows of {columns} columns need {vector} registers a thread; allowed: {MAX_VECTOR}"
     slot = -(-slot // 128) * 128
     kept = -(-sizes.width // blocks)
-    if sizes.parallel and kept > round_rows:
-        return f"{sizes.width} rows on {blocks} multiprocessors are over {round_rows} each"
+    rounds = {name: round_rows // rows * rows for name, rows in in_chunk.items()}
+    if min(rounds.values()) == 0:
+        return f"a chunk has {max(in_chunk.values())} rows; allowed: {round_rows}"
+    if sizes.parallel and kept > rounds["OUT"]:
+        return f"{sizes.width} rows on {blocks} multiprocessors are over {rounds['OUT']} each"
     rest = _rest_bytes(sizes, warps, round_rows, kept)
     slots = min((device.shared_bytes - rest) // (slot + 16), max_slots)
     if slots < 3:
@@ -132,6 +138,9 @@ def plan(sizes: Sizes, device: Device, matrix_warps: int | None = None, max_chun
                        ("PARTIAL", 4 * sizes.heads * parts * (sizes.head_dim + 2))):  # fmt: skip
         constants[f"{name}_AT"] = at
         at += -(-size // 128) * 128
+    if trace:
+        constants |= {"TRACE": 1, "TRACE_AT": at}
+        at += blocks * sizes.layers * EVENTS * 8
     constants["STREAM_BYTES"] = -(-2 * sizes.width // 128) * 128
     return Plan(constants, (warps + ATTENTION_WARPS + 1) * 32, slots * slot + rest, at, counters)
 

@@ -27,6 +27,7 @@ No Bubbles!").
   (`index_copy_` fails an assertion on the device).
 """
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ from ._qk_common import Spec, check_tables, require
 from .decode_attention import reference as attention
 from .linear_residual_gemv import reference as linear_residual
 from .norm_linear_gemv import reference as norm_linear
+
+_log = logging.getLogger(__name__)
 
 NORMS = ("layer", "rms")
 Some = Sequence[Tensor]
@@ -226,7 +229,10 @@ def _attended(s: Stack, layer: int, projected: Some) -> Tensor:
 
 
 def supports(*arguments: object) -> str | None:
-    """Why the kernel cannot take the op's arguments, also fake ones (the op then runs its reference), or None."""
+    """Why the kernel cannot take the op's arguments, also fake ones (the op then runs its reference), or None.
+
+    What is known only from addresses or from compiling the kernel, the op's log tells.
+    """
     s = Stack(*arguments)  # type: ignore[arg-type]
     if reason := _cuda.unavailable(s.x.device):
         return reason
@@ -257,9 +263,11 @@ def _forward(x: Tensor, norm_weights: Sequence[Tensor | None], norm_biases: Sequ
              scale: float) -> Tensor:  # fmt: skip
     s = Stack(**locals())
     check(s)
-    if supports(*s) is not None or _launch.misplaced(s) is not None:
+    found = _cuda.unavailable(x.device) or _launch.ready(s)
+    if isinstance(found, str):
+        _log.log(logging.DEBUG if x.device.type == "cpu" else logging.WARNING, "decode_stack: %s", found)
         return reference(*s)
-    return _launch.launch(s)
+    return found.launch(s)
 
 
 decode_stack = define_opaque_op(

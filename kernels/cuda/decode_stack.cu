@@ -144,29 +144,37 @@ class Matrix {
     const Layer& l = a_.layers[layer];
     const Norm first = norm_of(l.norm_weight[0], l.norm_bias[0]), second = norm_of(l.norm_weight[1], l.norm_bias[1]);
     const uint16_t* x = layer == 0 ? a_.x : stream((layer - 1) % 2);
+    mark(layer, AT_BEGIN);
     if (layer > 0) wait(COUNTER_STREAM, layer * CTAS);
+    mark(layer, AT_STREAM);
     Vector<In> normal, scaled;
     normalised(x, normal);
     scale(normal, first, scaled);
     projections(layer, scaled);
+    mark(layer, AT_PROJECTED);
     scale(normal, second, scaled);
     up(layer, scaled);
+    mark(layer, AT_UP);
 
     const Range r = rows_of(WIDTH, layer, SHIFT_OUT);
     const float down_bias = own_row(r) ? or_zero(l.down_bias, r.first + threadIdx.x) : 0.0f;
     {
       Vector<Down> h;
       wait(COUNTER_INNER, (layer + 1) * CTAS);
+      mark(layer, AT_INNER);
       widen_own<Down>(workspace(INNER_AT), h);
       product<Down>(h, r.count, rest_.kept);
+      mark(layer, AT_DOWN);
     }
     Vector<Out> attended;
     wait_for_attention(layer);
+    mark(layer, AT_ATTENDED);
     widen_own<Out>(workspace(ATTENDED_AT), attended);
     uint16_t* y = layer == LAYERS - 1 && VOCAB == 0 ? a_.result : stream(layer % 2);
     rows<1, Out>(attended, r, {l.out_bias}, x, COUNTER_STREAM, [&](int row, const float(&total)[1], float residual) {
       y[row] = rounded(residual + total[0] + (added<Down>(rest_.kept) + down_bias));
     });
+    mark(layer, AT_OUT);
   }
 
   __device__ void sequential_layer(int layer) {
@@ -175,19 +183,24 @@ class Matrix {
     Vector<In> vector;
     {
       const Norm norm = norm_of(l.norm_weight[0], l.norm_bias[0]);
+      mark(layer, AT_BEGIN);
       if (layer > 0) wait(COUNTER_STREAM, layer * CTAS);
+      mark(layer, AT_STREAM);
       normalised(x, vector);
       scale(vector, norm, vector);
     }
     projections(layer, vector);
+    mark(layer, AT_PROJECTED);
     uint16_t* y = stream(1);
     {
       Vector<Out> attended;
       wait_for_attention(layer);
+      mark(layer, AT_ATTENDED);
       widen_own<Out>(workspace(ATTENDED_AT), attended);
       rows<1, Out>(attended, rows_of(WIDTH, layer, SHIFT_OUT), {l.out_bias}, x, COUNTER_MIDDLE,
                    [&](int row, const float(&total)[1], float residual) { y[row] = rounded(residual + total[0]); });
     }
+    mark(layer, AT_OUT);
     {
       const Norm norm = norm_of(l.norm_weight[1], l.norm_bias[1]);
       wait(COUNTER_MIDDLE, (layer + 1) * CTAS);
@@ -195,12 +208,15 @@ class Matrix {
       scale(vector, norm, vector);
     }
     up(layer, vector);
+    mark(layer, AT_UP);
     Vector<Down> h;
     wait(COUNTER_INNER, (layer + 1) * CTAS);
+    mark(layer, AT_INNER);
     widen_own<Down>(workspace(INNER_AT), h);
     uint16_t* z = layer == LAYERS - 1 && VOCAB == 0 ? a_.result : stream(0);
     rows<1, Down>(h, rows_of(WIDTH, layer, SHIFT_DOWN), {l.down_bias}, y, COUNTER_STREAM,
                   [&](int row, const float(&total)[1], float residual) { z[row] = rounded(residual + total[0]); });
+    mark(layer, AT_DOWN);
   }
 
   // The first block counts the lengths up when the last layer is complete: then no task reads them any more.
@@ -425,6 +441,10 @@ class Matrix {
   __device__ uint16_t* stream(int which) const { return workspace(STREAM_AT + which * STREAM_BYTES); }
   __device__ unsigned* counter(int which) const { return reinterpret_cast<unsigned*>(a_.workspace) + which * 32; }
   __device__ bool own_row(Range r) const { return static_cast<int>(threadIdx.x) < r.count; }
+
+  __device__ void mark(int layer, Event event) const {
+    if (threadIdx.x == 0) trace(a_, layer, event);
+  }
 
   __device__ void meet() const { group_sync(MATRIX_GROUP, MATRIX_THREADS); }
 

@@ -289,6 +289,7 @@ __device__ void attend(const Arguments& a, Rest& rest) {
       if (!waited && BARRIERS && thread == 0) grid_wait(ready, (index + 1) * CTAS);
       waited = true;
       group_sync(ATTENTION_GROUP, ATTENTION_THREADS);  // and the task before has been written
+      if (thread == 0) trace(a, index, AT_QUERY);
       float query[8] = {};
       if (chunk < CHUNKS) turned(projected + Q_FIRST + head * Q_STEP, chunk, rest, query);
 #pragma unroll
@@ -304,5 +305,6 @@ __device__ void attend(const Arguments& a, Rest& rest) {
       join_lanes(state);
       join_warps(state, head, split, a, rest);
     }
+    if (thread == 0) trace(a, index, AT_TASKS);
   }
 }

@@ -10,6 +10,9 @@
 #ifndef ATTENTION
 #define ATTENTION 1
 #endif
+#ifndef TRACE  // 1 to leave the times at which each block came to each EVENT behind the workspace
+#define TRACE 0
+#endif
 
 constexpr int MATRIX_THREADS = MATRIX_WARPS * 32, ATTENTION_THREADS = ATTENTION_WARPS * 32;
 constexpr int THREADS = MATRIX_THREADS + ATTENTION_THREADS + 32;
@@ -17,6 +20,8 @@ constexpr int MATRIX_GROUP = 1, ATTENTION_GROUP = 2, WRITERS_GROUP = 3;
 constexpr int UPS = GATED ? 2 : 1;
 constexpr int STRIDE = MATRIX_WARPS | 1;  // of sums: threads that read rows side by side meet in no bank
 enum { COUNTER_STREAM, COUNTER_PROJECTED, COUNTER_INNER, COUNTER_ATTENDED, COUNTER_MIDDLE, HEAD_COUNTERS, NO_COUNTER = -1 };
+
+enum Event { AT_BEGIN, AT_STREAM, AT_PROJECTED, AT_UP, AT_INNER, AT_DOWN, AT_ATTENDED, AT_OUT, AT_QUERY, AT_TASKS, EVENTS = 16 };
 
 struct Layer {
   const uint16_t* norm_weight[2];
@@ -50,6 +55,12 @@ struct Arguments {
   float eps, weight_offset, scale, unused;                      // scale: with log2(e)
   Layer layers[LAYERS];
 };
+
+__device__ __forceinline__ void trace(const Arguments& a, int layer, Event event) {
+#if TRACE
+  reinterpret_cast<uint64_t*>(a.workspace + TRACE_AT)[(blockIdx.x * LAYERS + layer) * EVENTS + event] = now();
+#endif
+}
 
 // How a weight [N, COLUMNS] is read: by chunks of ROWS * GROUPS rows, or, where a row is too long, by its SEGMENTS.
 // A slice of 256 columns is what a warp reads at once. WARPS share a row, each with PIECES slices of a segment.
@@ -117,7 +128,7 @@ struct Rest {
   int last;
 };
 static_assert(!PARALLEL || (KEPT_ROWS * CTAS >= WIDTH && KEPT_ROWS <= Out::ROUND_ROWS), "all of a block's rows are kept");
-static_assert(sizeof(Arguments) <= 32764, "the kernel's parameters");
+static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the host's struct is the same");
 static_assert(sizeof(Rest) <= REST_BYTES, "what the host asks for is enough");
 
 __device__ __forceinline__ float widened(uint16_t x) { return BFLOAT ? bfloat_to_float(x) : half_to_float(x); }

@@ -14,8 +14,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ class EmulationError(RuntimeError):
 
 def unavailable() -> str | None:
     """Why kernels cannot be emulated here, or None."""
+    if sys.platform != "linux":
+        return f"the fibers are made for Linux, not {sys.platform}"
     return None if shutil.which("g++") else "no g++"
 
 
@@ -46,17 +49,19 @@ def _run(*command: str | Path) -> None:
 def _cache() -> Path:
     folder = Path(tempfile.gettempdir()) / f"torch_fuse_emulation_{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():  # what is in there would be run
+        raise PermissionError(f"{folder} belongs to somebody else")
     return folder
 
 
-def _made(name: str, key: Sequence[object], make: object) -> Path:
+def _made(name: str, key: Sequence[object], make: Callable[[Path], None]) -> Path:
     """The cached file of `key`, made at first by `make(path)`."""
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:24]
     path = _cache() / f"{digest}_{name}"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=_cache()) as folder:
             made = Path(folder) / name
-            make(made)  # type: ignore[operator]
+            make(made)
             os.replace(made, path)
     return path
 

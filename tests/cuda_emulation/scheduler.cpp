@@ -4,6 +4,7 @@
 #include <csetjmp>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <sys/mman.h>
 #if !defined(__x86_64__)
@@ -215,7 +216,10 @@ static void on_fault(int, siginfo_t* info, void*) {
 static unsigned char* guarded(size_t bytes, size_t alignment) {
   size_t used = (bytes + alignment - 1) / alignment * alignment, pages = (used + PAGE - 1) / PAGE * PAGE;
   auto* base = static_cast<unsigned char*>(mmap(nullptr, pages + 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (base == MAP_FAILED) return nullptr;
+  if (base == MAP_FAILED) {
+    perror("emulator: no memory");
+    abort();
+  }
   mprotect(base, PAGE, PROT_NONE);
   mprotect(base + PAGE + pages, PAGE, PROT_NONE);
   memset(base + PAGE, 0xff, pages);
@@ -245,7 +249,7 @@ static void prepare(unsigned grid, unsigned block, unsigned shared_bytes, unsign
     warp.lanes[fiber.thread % 32] = &fiber;
     warp.present |= fiber.bit();
     fiber.warp = &warp;
-    mprotect(stacks + STACK * i, PAGE, PROT_NONE);
+    if (grid * block < 16000) mprotect(stacks + STACK * i, PAGE, PROT_NONE);  // a process may have 65530 mappings
     memset(stacks + STACK * (i + 1) - 2 * PAGE, 0xff, 2 * PAGE);
     start(fiber, stacks + STACK * i);
     make_ready(&fiber);

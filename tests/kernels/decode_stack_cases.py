@@ -36,6 +36,7 @@ class Case(NamedTuple):
     size: int = 40
     live: int = 20
     mask: str = "causal"
+    own_masks: bool = False  # each layer keeps one key less
     biased: bool = True
     dtype: torch.dtype = torch.float16
     table_dtype: torch.dtype | None = None
@@ -88,6 +89,7 @@ def stack(case: Case, seed: int = 0) -> Stack:
     caches = [[random(1, case.kv_heads, case.size, d) for _ in range(n)] for _ in range(2)]
     for cache in (*caches[0], *caches[1]):
         cache[:, :, case.live + 8 :] = float("nan")  # nobody may look
+    masks = [mask_of(case._replace(live=case.live - i)) for i in range(n if case.own_masks else 1)]
     return Stack(
         random(1, 1, case.width), [random(case.width, scale=0.3) + 1 for _ in range(2 * n)],
         biases(2 * n, case.width), [w for _ in range(n) for r in in_rows for w in weights(1, r, case.width)],
@@ -96,7 +98,7 @@ def stack(case: Case, seed: int = 0) -> Stack:
         weights(n, case.width, case.inner), biases(n, case.width),
         angles.cos().to(table) if case.rotary else None, angles.sin().to(table) if case.rotary else None, *caches,
         [torch.tensor(case.live) for _ in range(n)] if case.counted else [],
-        None if case.counted else torch.tensor([case.live]), [mask_of(case)],
+        None if case.counted else torch.tensor([case.live]), masks,
         *([random(case.width), biases(1, case.width)[0], *weights(1, case.vocabulary, case.width), None]
           if case.vocabulary else [None] * 4),
         case.parallel, case.norm, 1e-5, 0.0, case.activation, case.gated, h, case.kv_heads, d, layout, case.rotary,

@@ -107,7 +107,7 @@ def test_a_token_outside_of_the_cache_is_not_written() -> None:
 
 
 @needs_emulator
-@pytest.mark.parametrize("case", [Case(), Case(**LLAMA)], ids=["neox", "llama"])
+@pytest.mark.parametrize("case", [Case(own_masks=True, multiprocessors=9), Case(**LLAMA)], ids=["neox", "llama"])
 def test_every_access_is_ordered_with_those_of_other_threads(case: Case) -> None:
     emulated(stack(case), case, 1, races=True)
 
@@ -217,6 +217,7 @@ def test_what_the_kernel_cannot_take_has_a_reason() -> None:
     s = stack(Case())
     assert launching.supports(s, H200) is None
     assert "cpu" in str(module.supports(*s))
+    assert "meta" in str(launching.supports(s._replace(lengths=[n.to("meta") for n in s.lengths]), H200))
     strided = torch.zeros(64, 512, dtype=torch.float16)[:, ::2]
     for changed, reason in [
         ({"x": s.x.float()}, "dtype"),
@@ -244,6 +245,7 @@ def test_all_of_the_shared_memory_is_a_ring_and_no_warp_idles() -> None:
     assert "registers" in str(plan(PYTHIA_28B._replace(inner=65536), H200))
     assert "shared memory" in str(plan(PYTHIA_28B, Device(132, 65536)))
     assert "multiprocessors" in str(plan(PYTHIA_28B, Device(16, 232448)))
+    assert "a chunk has" in str(plan(PYTHIA_28B._replace(width=64), H200, round_rows=16))
 
 
 def no_compiler() -> bool:
