@@ -104,10 +104,10 @@ def _runs(view: GraphView) -> list[tuple[Node, list[Layer] | Miss]]:
             found.append((node, miss))
             continue
         run = runs.pop(layer.stream, [])
-        if run and (miss := _apart(run[-1], layer, view.order)) is not None:
+        if run and (between := _apart(run[-1], layer, view.order)) is not None:
             runs[layer.stream], run = run, []
-            apart.setdefault(layer.stream, miss)
-            apart[layer.out] = miss
+            apart.setdefault(layer.stream, between)
+            apart[layer.out] = between
         runs[layer.out] = [*run, layer]
     for out, run in runs.items():
         if len(run) > 1:
@@ -140,7 +140,7 @@ def _apart(first: Layer, second: Layer, order: Order) -> Miss | None:
 
 def _same_table(a: Node | None, b: Node | None, order: Order) -> bool:
     """Whether two tables have the same values; each layer may have kept a view of one in memory for itself."""
-    sources = [x.args[0] if is_call(x, in_memory) else x for x in (a, b)]
+    sources = [x.args[0] if x is not None and is_call(x, in_memory) else x for x in (a, b)]
     return a is b or order.same_value(*sources)
 
 
