@@ -83,9 +83,9 @@ from transformers import CompileConfig
 import torch_fuse.backend
 sys.modules["torch_fuse.backend"].compile_with_inductor = lambda gm, inputs, patches: aot_eager(gm, inputs)
 same = True
-for name, batch, lengths in (("GPTNeoX", 1, (20, 7)), ("Llama", 3, (9,))):
+for name, batch, layers, lengths in (("GPTNeoX", 1, 2, (20, 7)), ("Llama", 3, 1, (9,))):
     torch._dynamo.reset()
-    model = models.build(name, max_position_embeddings=128, num_hidden_layers=1, intermediate_size=32)
+    model = models.build(name, max_position_embeddings=128, num_hidden_layers=layers, intermediate_size=32)
     model.generation_config.eos_token_id = None
     config = CompileConfig(backend="fuse", fullgraph=True, mode=None, options={"kernels": "reference"})
     config._compile_all_devices = True  # transformers compiles on accelerators only, unless told so
@@ -102,5 +102,5 @@ def test_the_ops_of_a_decoding_step_generate_the_tokens_that_eager_generates() -
     result = _run(_DECODE)
     assert result["same"]
     assert not result["errors"]
-    for op in ("decode_attention", "decode_norm_linear", "decode_linear_residual"):
+    for op in ("decode_attention", "decode_norm_linear", "decode_linear_residual", "decode_stack"):
         assert result["counts"][op]["fused"] >= 1, result["counts"]

@@ -6,7 +6,7 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -65,6 +65,7 @@ class _Run:
     patterns: dict[str, Pattern]
     report: GraphReport = field(default_factory=GraphReport)
     claimed: set[tuple[str, str]] = field(default_factory=set)
+    made: dict[Node, int] = field(default_factory=dict)  # what sites were replaced by, and the sites' positions
 
     @property
     def out_of_fuel(self) -> bool:
@@ -328,6 +329,7 @@ def _replace(module: GraphModule, view: GraphView, pattern: Pattern, match: Matc
     _record(run, pattern, anchor, "fused", match.note, match.op or pattern.op)
     _log.debug("%s rewrote %s: %s", pattern.name, match.anchor.name, match.note)
     erased = _erase_dead(module, view, match)
+    _take_over(run, changed, erased)
     for node in set(match.replaced) - erased:
         if any(user.target is not operator.setitem for user in node.users):
             raise RuntimeError(f"{pattern.name} replaced {node.name}, but {next(iter(node.users)).name} still reads it")
@@ -347,6 +349,17 @@ def _erase_dead(module: GraphModule, view: GraphView, match: Match) -> set[Node]
         module.graph.erase_node(node)
         erased.add(node)
     return erased
+
+
+def _take_over(run: _Run, changed: dict[Node, Node], erased: set[Node]) -> None:
+    """Reports the sites whose ops are a part of the newest site's as fused by its op."""
+    sites = run.report.sites
+    newest = sites[-1]
+    taken = {run.made.pop(node) for node in erased if node in run.made}
+    for i in taken.difference(run.made.values()):
+        sites[i] = replace(sites[i], op=newest.op, reason=f"{sites[i].reason}; inside {newest.pattern}")
+    if newest.op:
+        run.made |= dict.fromkeys(changed.values(), len(sites) - 1)
 
 
 def _record(run: _Run, pattern: Pattern, anchor: Node, status: Status, reason: str, op: str = "") -> None:
