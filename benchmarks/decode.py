@@ -6,8 +6,8 @@
     python benchmarks/decode.py --ops --alone [--sweep]                    # for one row, without Inductor
     python benchmarks/decode.py --dry [--ops]                              # tiny, on the CPU
 
-Random weights of the real sizes, batch 1, fp16 (Llama, Qwen3: bf16). Each step starts from the same cache; its logits are
-compared with a step in float64 from that cache. The floor is the bytes of the weights and of the live cache at
+Random weights of the real sizes, batch 1, fp16 (Llama, Qwen3: bf16). Each step starts from the same cache; its logits
+are compared with a step in float64 from that cache. The floor is the bytes of the weights and of the live cache at
 4.6 TB/s (an H200's read-only stream). The ops run over several sets of weights that do not fit L2 together, in one CUDA
 graph, next to Inductor's code for the models' own lines; `--sweep` tries other configurations. Expect 60 s for a step
 of 160m, 100 s for one of 2.8b, 140 s for Llama-3-8B (90 GB: its copy in float64), 150 s for Qwen3-4B, 100 s for the
