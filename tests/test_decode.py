@@ -105,6 +105,28 @@ def test_a_prefill_is_left_alone() -> None:
     assert not {(op, "fused") for op in OPS} & rewriter.statuses
 
 
+@pytest.mark.parametrize(
+    ("cache", "changes", "reason"),
+    [("dynamic", {}, "a new tensor at each step"), ("static", {"sliding_window": 8}, "a full sliding window moves")],
+)
+def test_a_cache_that_is_not_appended_to_has_its_reason(cache: str, changes: dict[str, Any], reason: str) -> None:
+    from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+
+    sizes = {**models.LANGUAGE_MODELS["Llama"][1], "num_hidden_layers": 1, "sliding_window": None, **changes}
+    torch.manual_seed(0)
+    model, rewriter = MistralForCausalLM(MistralConfig(**sizes)).eval(), Rewriter()
+    make = DynamicCache if cache == "dynamic" else lambda config: StaticCache(config=config, max_cache_len=32)
+    mine, theirs = make(config=model.config), make(config=model.config)
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        for each in (mine, theirs):
+            model(ids, past_key_values=each)
+        found = rewritten(model, rewriter)(ids[:, :1], past_key_values=mine).logits
+        torch.testing.assert_close(found, model(ids[:, :1], past_key_values=theirs).logits)
+    (site,) = [site for site in rewriter.report.sites if site.pattern == "decode_attention"]
+    assert site.status == "kept" and reason in site.reason, rewriter.report
+
+
 def test_caches_of_other_sizes_are_recognised_too() -> None:
     model = models.build("Llama")
     rewriter = Rewriter()
