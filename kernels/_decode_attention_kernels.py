@@ -107,13 +107,19 @@ def one_query_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, 
 
 
 @triton.jit
-def _attend(query, key, value, attends, log2_scale, acc, top, total, WIDE: tl.constexpr):
-    """Adds keys [N, DP] to the softmax of queries [ROWS, DP]; key and value are zero where there are none."""
+def attend(query, key, value, attends, log2_scale, acc, top, total, WIDE: tl.constexpr, bias=None):
+    """Adds keys [N, DP] to the softmax of queries [ROWS, DP]; key and value are zero where there are none.
+
+    bias: what is added to the scores, times log2(e).
+    """
     if WIDE:
         s = tl.dot(query.to(tl.float32), tl.trans(key.to(tl.float32)), input_precision="ieee")
     else:
         s = tl.dot(query, tl.trans(key), input_precision="ieee")
-    s = tl.where(attends, s * log2_scale, -float("inf"))
+    s = s * log2_scale
+    if bias is not None:
+        s += bias
+    s = tl.where(attends, s, -float("inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
     p = tl.exp2(s - shift[:, None])
@@ -171,7 +177,7 @@ def queries_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, co
         offset = n.to(tl.int64)[:, None]
         key = tl.load(key_cache + offset * kc_s + lane[None, :], there, other=0.0)
         value = tl.load(value_cache + offset * vc_s + lane[None, :], there, other=0.0)
-        acc, top, total = _attend(query, key, value, attends, log2_scale, acc, top, total, WIDE)
+        acc, top, total = attend(query, key, value, attends, log2_scale, acc, top, total, WIDE)
         seen = following
     own = is_new & (fresh < tl.where(split == 0, Q, 0)) & (at >= 0) & (at < size)
     there = own[:, None] & real
@@ -182,7 +188,7 @@ def queries_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, co
     seen_new = tl.load(mask_row + at[None, :] * m_n, exists[:, None] & own[None, :], other=0) != 0
     tl.store(key_cache + at[:, None] * kc_s + lane[None, :], new_key, there)
     tl.store(value_cache + at[:, None] * vc_s + lane[None, :], new_value, there)
-    acc, top, total = _attend(query, new_key, new_value, seen_new, log2_scale, acc, top, total, WIDE)
+    acc, top, total = attend(query, new_key, new_value, seen_new, log2_scale, acc, top, total, WIDE)
     at_row = (pair * SPLITS + split).to(tl.int64) * (Q * GROUP) + row
     tl.store(top_total + 2 * at_row, top, exists)
     tl.store(top_total + 2 * at_row + 1, total, exists)
