@@ -50,7 +50,7 @@ class DecodeAttention(Pattern):
 
     def match(self, view: GraphView, anchor: Node) -> Match | None:
         attention = view.attentions[anchor]
-        if attention.written is not None or not _few_queries(attention):
+        if attention.written is not None or not few_queries(attention):
             return None
         key_heads, key_nodes = expanded_heads(attention.key)
         value_heads, value_nodes = expanded_heads(attention.value)
@@ -105,14 +105,14 @@ class DecodeAttention(Pattern):
             decode_attention.decode_attention,
             _emit_new(query, builder),
             _emit_new(key, builder),
-            _with_lanes(builder.call("transpose", found["values"].source, 1, 2), builder),
+            with_lanes(builder.call("transpose", found["values"].source, 1, 2), builder),
             None if tables is None else once(tables.cos, builder),
             None if tables is None else once(tables.sin, builder),
             found["keys"].cache,
             found["values"].cache,
             None if counter is None else counter.length,
             found["keys"].positions if counter is None else None,
-            _emit_mask(attention.mask, builder),
+            emit_mask(attention.mask, builder),
             0 if rope is None else rope.rotary_dim,
             False if rope is None else rope.interleaved,
             [] if tables is None else tables.cos_lanes,
@@ -135,7 +135,7 @@ class DecodeAttention(Pattern):
             yield Example(name, step(**changes), fuses=False)
 
 
-def _few_queries(attention: Attention) -> bool:
+def few_queries(attention: Attention) -> bool:
     query = tensor(attention.query)
     queries = None if query is None or query.dim() != 4 else static_int(query.shape[2])
     return queries is not None and 1 <= queries <= MAX_QUERIES
@@ -215,15 +215,15 @@ def _unturned(node: Node, heads: Heads) -> Heads:
 
 
 def _emit_new(heads: Heads, builder: Builder) -> Node:
-    return _with_lanes(emit_heads(heads, builder), builder)
+    return with_lanes(emit_heads(heads, builder), builder)
 
 
-def _with_lanes(node: Node, builder: Builder) -> Node:
+def with_lanes(node: Node, builder: Builder) -> Node:
     """A value whose lanes lie side by side."""
     return node if equal(tensor(node).stride(3), 1) else builder.call("contiguous", node)  # type: ignore[union-attr]
 
 
-def _emit_mask(mask: Node, builder: Builder) -> Node:
+def emit_mask(mask: Node, builder: Builder) -> Node:
     found = tensor(mask)
     assert found is not None
     node = mask
