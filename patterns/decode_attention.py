@@ -4,7 +4,7 @@ Before: q, k = rope(q, cos, sin), rope(k, cos, sin)
         positions = arange(Q) + length;  length += Q
         keys.index_copy_(2, positions, k);  values.index_copy_(2, positions, v)
         scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-After:  decode_attention(q, k, v, cos, sin, keys, values, length, None, mask)
+After:  decode_attention(q, k, v, cos, sin, keys, values, length, None, mask)          # and an RMSNorm of q and k
 
 For every transformers model with a StaticCache, as `generate(cache_implementation="static")` compiles it: one or a few
 new tokens, grouped or multi-query heads, repeated or not, partial or full RoPE. Any boolean mask is right, since the op
@@ -31,7 +31,7 @@ from torch_fuse.kernels import decode_attention
 from torch_fuse.options import Options
 from torch_fuse.patterns._once import once
 from torch_fuse.patterns._rope_tables import emit_tables
-from torch_fuse.patterns.norm_qkv_rope_attention import check_same_rope, emit_heads
+from torch_fuse.patterns.norm_qkv_rope_attention import check_same_rope, emit_heads, emit_weight
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -59,9 +59,11 @@ class DecodeAttention(Pattern):
             return None
         keys, values = (match_append(node, view.order, anchor) for node in (key_heads, value_heads))
         _check_attention(attention, keys, values, view)
-        query = match_heads(attention.query, view.order, view.fake_mode).without_norm()
+        query = match_heads(attention.query, view.order, view.fake_mode)
         known = () if query.rope is None else (query.rope.cos, query.rope.sin)
-        key = match_heads(keys.source, view.order, view.fake_mode, known).without_norm()
+        key = match_heads(keys.source, view.order, view.fake_mode, known)
+        if not _normed_alike(query, key):
+            query, key = query.without_norm(), key.without_norm()
         if query.as_one or key.as_one:
             raise Miss("query and key are rotated before they are cut into heads", anchor)
         if query.rope is None or key.rope is None:
@@ -77,6 +79,7 @@ class DecodeAttention(Pattern):
         position = keys.positions if counter is None else counter.length
         inputs = (
             query.source, key.source, values.source, *tables, keys.cache, values.cache, position, attention.mask,
+            *(heads.norm.weight for heads in (query, key) if heads.norm is not None),
         )  # fmt: skip
         bindings = {"attention": attention, "query": query, "key": key, "keys": keys, "values": values,
                     "counter": counter}  # fmt: skip
@@ -119,6 +122,10 @@ class DecodeAttention(Pattern):
             [] if tables is None else tables.sin_lanes,
             dim**-0.5 if attention.scale is None else float(attention.scale),
             options.early_launch,
+            emit_weight(query, builder),
+            emit_weight(key, builder),
+            0.0 if query.norm is None else query.norm.eps,
+            0.0 if query.norm is None else query.norm.weight_offset,
         )
         return {match.anchor: builder.call("transpose", new, 1, 2)}
 
@@ -207,6 +214,18 @@ def _check_cache_unseen(keys: Append, values: Append, region: set[Node], view: G
     for node in (*seen, *readers_before(found, view.order, anchor)):
         if node not in region:
             raise Miss(f"{node.name} reads the cache before the attention does", node)
+
+
+def _normed_alike(query: Heads, key: Heads) -> bool:
+    """Whether the op can do the norms of query and key: an RMSNorm of each rotated head with one weight for all."""
+    a, b = query.norm, key.norm
+    if a is None or b is None or query.rope is None or key.rope is None:
+        return False
+    weights = [None if norm.weight is None else tensor(norm.weight) for norm in (a, b)]
+    plain = all(w is not None and w.dim() == 1 and equal(w.shape[0], query.head_dim) for w in weights)
+    own = all(tensor(norm.input).dtype == tensor(h.result).dtype for norm, h in ((a, query), (b, key)))  # type: ignore[union-attr]
+    same = (a.kind, query.scope, a.eps, a.weight_offset) == (b.kind, key.scope, b.eps, b.weight_offset)
+    return plain and own and same and (a.kind, query.scope) == ("rms", "head") and a.eps is not None
 
 
 def _unturned(node: Node, heads: Heads) -> Heads:

@@ -75,6 +75,20 @@ def test_several_rows_and_two_caches_in_turn(name: str, batch: int, new: int) ->
     assert ("decode_norm_linear", "fused") in rewriter.statuses, rewriter.report
 
 
+@pytest.mark.parametrize(("batch", "new"), [(1, 1), (2, 3)])
+def test_norms_of_query_and_key_are_done_in_the_op(batch: int, new: int) -> None:
+    model = models.build("Qwen3")
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:  # ones would hide a weight that is taken for another
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+    rewriter = Rewriter()
+    same_steps(model, rewritten(model, rewriter), batch, new, prompts=(5,), steps=2)
+    nodes = [node for graph in rewriter.graphs for node in graph.graph.nodes]
+    calls = [node for node in nodes if "decode_attention" in str(node.target)]
+    assert calls and all(call.args[-3] is not None and call.args[-2] == 1e-6 for call in calls), rewriter.report
+
+
 def test_inductor_takes_the_step_as_it_is() -> None:
     """The first layer's count is read by the mask and the tables, which Inductor may compute after it has changed.
 
