@@ -96,9 +96,9 @@ def _produce(y, w, x, places, barriers, items, rows, N: gl.constexpr, STEPS: gl.
 @gluon.jit
 def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, items, N: gl.constexpr,
              STEPS: gl.constexpr, A: gl.constexpr, B: gl.constexpr, MODE: gl.constexpr, ONE_A: gl.constexpr,
-             ONE_B: gl.constexpr, W_ROWS: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_M: gl.constexpr,
-             BLOCK_N: gl.constexpr, PART: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr,
-             TOGETHER: gl.constexpr):  # fmt: skip
+             ONE_B: gl.constexpr, A_OF: gl.constexpr, B_OF: gl.constexpr, W_ROWS: gl.constexpr,
+             PING_PONG: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PART: gl.constexpr,
+             RING: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr):  # fmt: skip
     """A group's rows of each tile, or, PING_PONG, every other tile."""
     GROUPS: gl.constexpr = 1 if PING_PONG else 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -124,14 +124,14 @@ def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, i
             m += GROUP * BLOCK_M
         # What the epilogue reads begins its way before the product.
         row = m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-        of_a = per_row(a, strides[0], strides[1], row, length, row < rows, A)
-        of_b = per_row(b, strides[3], strides[4], row, length, row < rows, B)
+        of_a = per_row(a, strides[0], strides[1], row, length, row < rows, A, A_OF)
+        of_b = per_row(b, strides[3], strides[4], row, length, row < rows, B, B_OF)
         if bias is not None:
-            bias_lanes = per_lane(bias, 1, n, BLOCK_N, N)
+            bias_lanes = per_lane(bias, 1, n, BLOCK_N, N, "x")
         if A == "lane":
-            a_lanes = per_lane(a, strides[2], n, BLOCK_N, N)
+            a_lanes = per_lane(a, strides[2], n, BLOCK_N, N, A_OF)
         if B == "lane":
-            b_lanes = per_lane(b, strides[5], n, BLOCK_N, N)
+            b_lanes = per_lane(b, strides[5], n, BLOCK_N, N, B_OF)
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=layout)
         if PING_PONG:
             # Until the other group has seen its last step, a stage's barrier may be two rounds behind, and then its
@@ -176,12 +176,13 @@ def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, i
 @gluon.jit
 def kernel(y, w, x, out, linear, bias, a, a_b, a_s, a_n, b, b_b, b_s, b_n, alpha, beta, rows, length, N: gl.constexpr,
            K: gl.constexpr, A: gl.constexpr, B: gl.constexpr, MODE: gl.constexpr, ONE_A: gl.constexpr,
-           ONE_B: gl.constexpr, W_ROWS: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_M: gl.constexpr,
-           BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PART: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr,
-           TOGETHER: gl.constexpr):  # fmt: skip
+           ONE_B: gl.constexpr, A_OF: gl.constexpr, B_OF: gl.constexpr, W_ROWS: gl.constexpr, PING_PONG: gl.constexpr,
+           BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PART: gl.constexpr,
+           RING: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr):  # fmt: skip
     """Tiles of [2 * BLOCK_M, BLOCK_N], or [BLOCK_M, BLOCK_N] by turns, one after the other.
 
-    A and B: what a and b have numbers for, "row", "lane", "full" or "none"; ONE_A, ONE_B: alpha and beta are 1.
+    A and B: what a and b have numbers for, "row", "lane", "full" or "none"; ONE_A, ONE_B: alpha and beta are 1;
+    A_OF, B_OF: functions of them, for rows and lanes.
     """
     SHARED: gl.constexpr = 1 if PING_PONG else 2
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -216,10 +217,10 @@ def kernel(y, w, x, out, linear, bias, a, a_b, a_s, a_n, b, b_b, b_s, b_n, alpha
     places = (y_s, w_s, x_s, l_s, v_s)
     barriers = (full, empty, x_full, x_empty, turn)
     gl.warp_specialize([
-        (_consume, (0, tensors, strides, numbers, places, barriers, items, N, STEPS, A, B, MODE, ONE_A, ONE_B, W_ROWS,
-                    PING_PONG, BLOCK_M, BLOCK_N, PART, RING, STAGES, TOGETHER)),
-        (_consume, (1, tensors, strides, numbers, places, barriers, items, N, STEPS, A, B, MODE, ONE_A, ONE_B, W_ROWS,
-                    PING_PONG, BLOCK_M, BLOCK_N, PART, RING, STAGES, TOGETHER)),
+        (_consume, (0, tensors, strides, numbers, places, barriers, items, N, STEPS, A, B, MODE, ONE_A, ONE_B, A_OF,
+                    B_OF, W_ROWS, PING_PONG, BLOCK_M, BLOCK_N, PART, RING, STAGES, TOGETHER)),
+        (_consume, (1, tensors, strides, numbers, places, barriers, items, N, STEPS, A, B, MODE, ONE_A, ONE_B, A_OF,
+                    B_OF, W_ROWS, PING_PONG, BLOCK_M, BLOCK_N, PART, RING, STAGES, TOGETHER)),
         (_produce, (y, w, x, places, barriers, items, rows, N, STEPS, W_ROWS, PING_PONG, BLOCK_M, BLOCK_N, BLOCK_K,
                     PART, STAGES, TOGETHER)),
     ], [4, 1], [240, 24])  # fmt: skip

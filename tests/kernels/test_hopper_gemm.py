@@ -47,7 +47,7 @@ def test_the_kernel_compiles_with_this_triton(how: _hopper_gemm.Config, mode: st
     skip = mode == "sum"
     known: dict[str, Any] = {
         "N": 768, "K": 768, "A": "none", "B": "lane" if skip else "none", "MODE": mode, "ONE_A": True, "ONE_B": True,
-        "W_ROWS": skip, "PING_PONG": how.ping_pong, "BLOCK_M": how.block_m, "BLOCK_N": how.block_n, "BLOCK_K": 64,
+        "A_OF": "x", "B_OF": OF if skip else "x", "W_ROWS": skip, "PING_PONG": how.ping_pong, "BLOCK_M": how.block_m, "BLOCK_N": how.block_n, "BLOCK_K": 64,
         "PART": 64, "RING": _hopper_gemm.ring(how.block_n, skip), "STAGES": how.stages, "TOGETHER": 8, "a": None,
     }  # fmt: skip
     parts = descriptor(how.block_m, 64)
