@@ -111,7 +111,8 @@ def descriptor(x: Tensor, rows: int, lanes: int) -> Any:
 def call(how: Config, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor | None, out: Tensor,
          linear: Tensor | None, mode: str, factors: tuple[Any, ...] = (None, 0, 0, 0, None, 0, 0, 0),
          kinds: tuple[str, str] = ("none", "none"), numbers: tuple[float, float] = (1.0, 1.0),
-         functions: tuple[str, str] = ("x", "x"), length: int = 1) -> tuple[int, list[Any], dict[str, Any]]:  # fmt: skip
+         functions: tuple[str, str] = ("x", "x"),
+         length: int = 1) -> tuple[int, list[Any], dict[str, Any]]:  # fmt: skip
     """How to launch `kernel`: grid, arguments and constants.
 
     Args:
@@ -137,7 +138,8 @@ def call(how: Config, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor 
     ]  # fmt: skip
     constants = {
         "N": columns, "K": int(inner), "A": kinds[0], "B": kinds[1], "MODE": mode, "ONE_A": numbers[0] == 1,
-        "ONE_B": numbers[1] == 1, "A_OF": functions[0], "B_OF": functions[1], "W_ROWS": w_rows, "PING_PONG": how.ping_pong, "BLOCK_M": how.block_m,
+        "ONE_B": numbers[1] == 1, "A_OF": functions[0], "B_OF": functions[1],
+        "W_ROWS": w_rows, "PING_PONG": how.ping_pong, "BLOCK_M": how.block_m,
         "BLOCK_N": how.block_n, "BLOCK_K": BLOCK_K, "PART": PART, "RING": ring(how.block_n, x is not None),
         "STAGES": how.stages, "TOGETHER": how.together, "num_warps": 4,
     }  # fmt: skip

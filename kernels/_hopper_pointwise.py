@@ -23,7 +23,7 @@ def _operand(program, index):
         missing, end = 1, 0
         while missing and end < len(tokens):
             token = tokens[end]
-            missing += -1 if token == "x" else 1 if token in ("add", "sub", "mul", "div") else 0  # noqa: S105
+            missing += -1 if token == "x" else 1 if token in ("add", "sub", "mul", "div") else 0
             end += 1
         found, tokens = tokens[:end], tokens[end:]
     return " ".join(found)
@@ -48,7 +48,7 @@ def function(x, PROGRAM: gl.constexpr):
             elif ROOT == "mul":
                 y = y * z
             else:
-                y = y / z
+                y = gl.div_rn(y, z)
         elif ROOT == "add":
             y = y + NUMBER
         elif ROOT == "mul":
@@ -56,17 +56,17 @@ def function(x, PROGRAM: gl.constexpr):
         elif ROOT == "rsub":
             y = NUMBER - y
         elif ROOT == "rdiv":
-            y = NUMBER / y
+            y = _over(NUMBER, y)
         elif ROOT == "neg":
             y = -y
         elif ROOT == "square":
             y = y * y
         elif ROOT == "sqrt":
-            y = gl.sqrt(y)
+            y = gl.sqrt_rn(y)
         elif ROOT == "rsqrt":
-            y = 1.0 / gl.sqrt(y)
+            y = _over(1.0, gl.sqrt_rn(y))
         elif ROOT == "reciprocal":
-            y = 1.0 / y
+            y = _over(1.0, y)
         elif ROOT == "exp":
             y = gl.exp(y)
         elif ROOT == "sigmoid":
@@ -78,6 +78,12 @@ def function(x, PROGRAM: gl.constexpr):
         else:
             y = _tanh(y)
         return y
+
+
+@gluon.jit
+def _over(number: gl.constexpr, y):
+    """number / y, rounded once: Triton's own division would make 1 of 1 / 1 but for one bit."""
+    return gl.div_rn(gl.full(y.shape, number, gl.float32, y.type.layout), y)
 
 
 @gluon.jit
