@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._hopper_flash_tiles import MISSING, gl
-from ._hopper_gemm_kernel import kernel
+from ._hopper_gemm_kernel import hopper_gemm as kernel
 
 __all__ = ["CONFIGS", "MISSING", "Config", "call", "cannot_read", "config", "descriptor", "kernel", "ring",
            "stages_that_fit"]  # fmt: skip

@@ -79,7 +79,7 @@ PROGRAMS = 120  # about as many as an H100 or H200 has SMs
 
 
 def config(rows: Any, columns: int, dtype: torch.dtype) -> Config:
-    """The largest tile that gives every SM enough; benchmarks/bench_attention_skip.py --sweep tries others.
+    """The largest tile that gives every SM enough; benchmarks/bench_linear_skip.py --sweep tries others.
 
     A symbolic number of rows takes the first: a comparison would be a guard.
     """
