@@ -178,11 +178,12 @@ def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, i
 
 
 @gluon.jit
-def hopper_gemm(y, w, x, out, linear, bias, a, a_b, a_s, a_n, b, b_b, b_s, b_n, alpha, beta, rows, length, N: gl.constexpr,
-           K: gl.constexpr, A: gl.constexpr, B: gl.constexpr, MODE: gl.constexpr, ONE_A: gl.constexpr,
-           ONE_B: gl.constexpr, A_OF: gl.constexpr, B_OF: gl.constexpr, W_ROWS: gl.constexpr, SHARED: gl.constexpr,
-           BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PART: gl.constexpr,
-           RING: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+def hopper_gemm(y, w, x, out, linear, bias, a, a_b, a_s, a_n, b, b_b, b_s, b_n, alpha, beta, rows, length,
+                N: gl.constexpr, K: gl.constexpr, A: gl.constexpr, B: gl.constexpr, MODE: gl.constexpr,
+                ONE_A: gl.constexpr, ONE_B: gl.constexpr, A_OF: gl.constexpr, B_OF: gl.constexpr,
+                W_ROWS: gl.constexpr, SHARED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                BLOCK_K: gl.constexpr, PART: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr,
+                TOGETHER: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     """Tiles of [SHARED * BLOCK_M, BLOCK_N] by SHARED groups, or of [BLOCK_M, BLOCK_N] by two in turns for one.
 
     A and B: what a and b have numbers for, "row", "lane", "full" or "none"; ONE_A, ONE_B: alpha and beta are 1;
