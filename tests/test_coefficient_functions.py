@@ -13,7 +13,7 @@ from test_attention_skip import OPTIONS, PATTERN
 from torch import Tensor, nn
 
 from torch_fuse.graph import pointwise
-from torch_fuse.kernels import _pointwise
+from torch_fuse.kernels import _hopper_gemm, _hopper_pointwise, _pointwise
 
 EDM = ("rdiv:0.25 add:0.25 square x", "div mul:0.5 x sqrt add:0.25 square x")
 
@@ -183,3 +183,14 @@ def test_engine_and_kernels_read_the_same_language() -> None:
     assert pointwise.MOST_TOKENS == _pointwise.MOST_TOKENS and pointwise.IDENTITY == _pointwise.IDENTITY
     assert set(pointwise._UNARY) | set(pointwise._POWERS.values()) == set(_pointwise.UNARY)
     assert set(pointwise._BINARY.values()) == set(_pointwise.BINARY)
+
+
+@pytest.mark.skipif(bool(_hopper_gemm.MISSING), reason="needs Gluon")
+@pytest.mark.parametrize("program", [*EDM, "div neg sin x add cos x sin x", "sub add:-1e-05 x mul x rdiv:2.0 x", "x"])
+def test_the_kernel_takes_a_text_apart_where_its_operands_end(program: str) -> None:
+    root, number = _hopper_pointwise._root(program), _hopper_pointwise._number(program)
+    operands = [_hopper_pointwise._operand(program, i) for i in (0, 1)]
+    first = root if number is None else f"{root}:{number!r}"
+    assert " ".join([first, *filter(None, operands)]) == program
+    assert all(_pointwise.problem(operand) is None for operand in operands if operand)
+    assert bool(operands[1]) == (root in _pointwise.BINARY and number is None)
