@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._dequant_codes import BF16, FP16, convert, reorder, split
+from ._dequant_layout import run_of
 from ._dequant_rows_kernel import MISSING, gl, kernel
 from ._ops import INTERPRETED, launch, no_triton, on_device_of
 from .packed_weight import COMPUTE, Format, weight_shape
@@ -31,13 +32,6 @@ class Config(NamedTuple):
     unroll: int = 0
     parts: int = 1
     tile: int = 128
-
-
-def run_of(codes: Tensor, form: Format) -> int | None:
-    """Bytes whose low halves lie side by side in a row, 0 where a byte has neighbours, or None for other orders."""
-    if form.bits == 8 or form.nibbles in ("low", "high"):
-        return 0
-    return int(codes.shape[-1]) if form.nibbles in ("half", "half_high") else None
 
 
 def tile_of(codes: Tensor, form: Format, most: int = 128) -> int | None:

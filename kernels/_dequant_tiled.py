@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ._dequant_codes import BF16, FP16, convert, order
-from ._dequant_rows import _NAMES, _zeros, run_of, tile_of
+from ._dequant_layout import run_of
+from ._dequant_rows import _NAMES, _zeros, tile_of
 from ._dequant_rows import no_layout as rows_no_layout
 from ._dequant_tiled_kernel import MISSING, gl, kernel
 from ._ops import INTERPRETED, launch, no_triton, on_device_of, tl, triton
