@@ -104,7 +104,7 @@ def test_decoding_of_sizes_that_fill_no_vector(name: str) -> None:
 
 
 # (N, K): eight rows a band and none, a last group or program that is not full
-SIZES = [(32, 1024), (20, 256), (6, 768)]
+SIZES = [(16, 512), (6, 768)]
 
 
 @pytest.mark.skipif(not RUNS, reason="needs a GPU or the interpreter")
@@ -168,10 +168,11 @@ def test_tiles_have_one_scale() -> None:
     assert tile(Format(8, "uint", 1, 32), 2560) == 32
     assert tile(Format(4, "uint", 1, 128), 2560) == 64
     assert tile(Format(4, "uint", 1, 64), 2560) == 32
-    assert tile(Format(4, "uint", 1, 32), 2560) is None
+    assert tile(Format(4, "uint", 1, 32), 2560) == 16
+    assert tile(Format(4, "uint", 1, 16), 2560) is None
+    assert tile(Format(4, "uint", 1, 65), 2560) is None
     assert tile(Format(4, "uint", 1, 128, nibbles="half"), 2560, 64) == 64
     assert tile(Format(4, "uint", 1, 32, nibbles="half"), 2560, 32) == 32
-    assert tile(Format(4, "uint", 1, 2560, nibbles="rows"), 2560) is None
     assert tile(Format(8, "uint", 1, 100), 100) is None
 
 
@@ -184,9 +185,11 @@ def compiled(form: Format, found: Parts, rows: int, dtype: torch.dtype, chosen: 
     _, k = weight_shape(codes, form)
     x = torch.empty(rows, k, dtype=dtype)
     assert few.no_layout(x, codes, scale, zero, lut, form) is None
-    known = few.constants(x, codes, zero, None, form, chosen) | ({"M": 1} if rows == 1 else {})
+    known = few.constants(x, codes, scale, zero, None, form, chosen, codes.storage_offset() % 16) | (
+        {"M": 1} if rows == 1 else {}
+    )
     short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8"}
-    pairs = form.bits == 4 and known["RUN"] == 0
+    pairs = form.bits == 4 and few.run_of(codes, form) == 0
     kinds = {
         "x": "*i32" if pairs else f"*{short[dtype]}", "codes": f"*{short.get(codes.dtype, 'i8')}",
         "out": "*fp32" if chosen.parts > 1 else f"*{short[dtype]}", "M": "i32", "N": "i32",
@@ -213,18 +216,24 @@ COMPILED = {
 
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED or bool(MISSING), reason="compiles Gluon")
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", [*COMPILED, "q8_0", "q4_0", "q4_k", "gptq_zeros", "hqq_halves"])
 def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str) -> None:
-    form, zero, run, rows, chosen = COMPILED[name]
-    dtype = torch.bfloat16 if rows == 1 else torch.float16
-    found = parts(form, 16, 1536 if form.group == 128 else 512, zero, run=run)
-    if DEVICE == "cuda":
+    width = 4  # words of x that a lane has side by side, as a rule
+    if name in STRIDED:
+        form, found = strided(name, 32, 2048)
+        rows, chosen, dtype, width = 8, few.Config(), torch.float16, {"q8_0": 2, "q4_k": 2, "q4_0": 1}.get(name, 4)
+    else:
+        form, zero, run, rows, chosen = COMPILED[name]
+        dtype = torch.bfloat16 if rows == 1 else torch.float16
+        found = parts(form, 16, 1536 if form.group == 128 else 512, zero, run=run)
         found = tuple(None if part is None else part.cpu() for part in found)  # type: ignore[assignment]
     ptx = compiled(form, found, rows, dtype, chosen)["ptx"]
     assert "mma.sync.aligned.m16n8k16" in ptx
     loop, _ = ptx.rsplit("mma.sync", 1)
     assert "st.shared" not in loop and "bar.sync" not in loop, "a layout is converted in the loop"
-    assert "evict_first" in ptx and "ld.global.v4.b32" in ptx, "activations are read in pieces"
+    wide = "ld.global.b32" if width == 1 else f"ld.global.v{width}.b32"
+    assert "evict_first" in ptx and wide in ptx, "activations are read in pieces"
+    assert not any(".b8" in line for line in ptx.splitlines() if "evict_first" in line), "codes are read byte by byte"
 
 
 # Loads of a chunk's codes, by their width in bytes: GGUF's blocks are aligned to two.
