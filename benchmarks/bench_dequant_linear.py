@@ -1,7 +1,7 @@
 """dequant_linear against fp16 cuBLAS, Inductor on the written-out dequantisation, and tinygemm.
 
     bench_dequant_linear.py --shapes 2 --formats int8,int4_g128_zero --out rows.jsonl  # 140 s on an H200
-    bench_dequant_linear.py --shapes 2 --formats q8_0,q4_k,gptq,q4_0,hqq_halves --rows 1,8,64,512 --out rows.jsonl  # 5 min
+    bench_dequant_linear.py --shapes 2 --formats q8_0,q4_k,gptq,q4_0,hqq_halves --rows 8,1,64,512 --out a.jsonl  # 5 min
     bench_dequant_linear.py --rows 16,32 --shapes 1 --formats int8,int4_g128_zero,q8_0 --out rows.jsonl  # 30 s
     bench_dequant_linear.py --crossover rows.jsonl  # `_dequant_dispatch.CROSSOVER` by these rows; needs no GPU
     bench_dequant_linear.py --sweep --shapes 2 --formats int8,int4_g128_zero --out sweep.jsonl  # configurations, 150 s

@@ -24,19 +24,19 @@ EXTRA = {
 ALONG_ROWS = ("columns", "columns_groups", "bytes_along_k")
 
 
-def weights(name: str, n: int, k: int) -> tuple[Format, Parts]:
+def weights(name: str, n: int, k: int, device: str = "cpu") -> tuple[Format, Parts]:
     if name in STRIDED:
-        return strided(name, n, k)
+        return strided(name, n, k, device)
     form, zero, run = (FORMATS | EXTRA)[name]
     form = form._replace(group=k) if form.group == 256 else form
-    return form, tuple(x if x is None else x.cpu() for x in parts(form, n, k, zero, run=run))  # type: ignore[return-value]
+    return form, tuple(x if x is None else x.to(device) for x in parts(form, n, k, zero, run=run))  # type: ignore[return-value]
 
 
-def check(name: str, n: int, k: int, m: int, dtype: torch.dtype, chosen: few.Config,
-          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    form, found = weights(name, n, k)
+def check(name: str, n: int, k: int, m: int, dtype: torch.dtype, chosen: few.Config | None,
+          device: str = "cpu") -> None:  # fmt: skip
+    form, found = weights(name, n, k, device)
     codes, scale, zero, table = found
-    x, bias = torch.randn(m, k).to(dtype), torch.randn(n).to(dtype)
+    x, bias = torch.randn(m, k, device=device).to(dtype), torch.randn(n, device=device).to(dtype)
     assert few.no_layout(x, *found, form) is None
     if scale.shape[0] == n:
         scale[n // 2, -1] = torch.nan
@@ -47,7 +47,6 @@ def check(name: str, n: int, k: int, m: int, dtype: torch.dtype, chosen: few.Con
     if form.arithmetic == "output":
         wanted *= scale.flatten().double()
     wanted += bias.double()
-    monkeypatch.setattr(few, "launch", gluon_on_cpu.launch)
     out = few.rows_linear(x, *found, bias, form, chosen).double()
     assert torch.equal(out.isnan(), wanted.isnan()) and out.isnan().any() == (scale.shape[0] == n)
     size = float(wanted.nan_to_num().square().mean().sqrt())
@@ -62,9 +61,19 @@ def test_codes_along_the_rows_are_left_to_the_decode_pass() -> None:
 
 @pytest.mark.parametrize("name", [name for name in (*STRIDED, *FORMATS, *EXTRA) if name not in ALONG_ROWS])
 def test_a_few_rows_times_codes_where_they_lie(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(name, 20, 256, 3, torch.float16, few.Config(16, 2), monkeypatch)
+    monkeypatch.setattr(few, "launch", gluon_on_cpu.launch)
+    check(name, 20, 256, 3, torch.float16, few.Config(16, 2))
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_k", "gptq_zeros", "hqq_halves", "groups_of_32"])
 def test_programs_share_sums_and_tiles_end_early(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(name, 36, 768, 9, torch.bfloat16, few.Config(32, 4, 1, 2, parts=2, tile=64), monkeypatch)
+    monkeypatch.setattr(few, "launch", gluon_on_cpu.launch)
+    check(name, 36, 768, 9, torch.bfloat16, few.Config(32, 4, 1, 2, parts=2, tile=64))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("m, k", [(1, 2560), (11, 768), (30, 1280)])
+@pytest.mark.parametrize("name", [name for name in (*STRIDED, *EXTRA) if name not in ALONG_ROWS])
+def test_a_few_rows_times_codes_on_a_gpu(name: str, m: int, k: int) -> None:
+    check(name, 100, k, m, torch.float16 if m > 1 else torch.bfloat16, None, "cuda")
