@@ -99,12 +99,19 @@ def no_layout(
         return "a table of 16 and a zero point"
     if lut is not None and not lut.is_contiguous():
         return "the table is not contiguous"
+    if any(part is not None and _length(part) >= 1 << 31 for part in (codes, scale, zero)):
+        return "what belongs to a row lies further apart than 32 bits count"
     if k % 16 or codes.shape[0] == 0:
         return f"the weight is {list(weight_shape(codes, form))}; allowed: multiples of 16 columns"
     if tile_of(codes, form) is None:
         return (f"{form.bits}-bit codes {form.nibbles!r} {list(codes.shape)} with strides {list(codes.stride())} and "
                 f"groups of {form.group} do not fill the tiles")  # fmt: skip
     return None
+
+
+def _length(part: Tensor) -> int:
+    """Elements from the first to the last one of a row."""
+    return sum((size - 1) * stride for size, stride in zip(part.shape[1:], part.stride()[1:], strict=True))
 
 
 def _zeros(x: Tensor, zero: Tensor | None, form: Format) -> int:

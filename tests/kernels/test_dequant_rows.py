@@ -59,6 +59,14 @@ def test_codes_along_the_rows_are_left_to_the_decode_pass() -> None:
         assert "do not fill the tiles" in str(few.no_layout(torch.empty(1, 256).half(), *found, form))
 
 
+def test_rows_too_long_for_32_bits_are_left_to_the_decode_pass() -> None:
+    """GPTQ's words of one expert of many, say."""
+    form = STRIDED["gptq"]
+    codes = torch.empty_strided((16, 64, 4), (4, 1 << 26, 1), dtype=torch.uint8, device="meta")
+    scale = torch.empty(16, 4, dtype=torch.float16, device="meta")
+    assert "32 bits" in str(few.no_layout(torch.empty(1, 512).half(), codes, scale, None, None, form))
+
+
 @pytest.mark.parametrize("name", [name for name in (*STRIDED, *FORMATS, *EXTRA) if name not in ALONG_ROWS])
 def test_a_few_rows_times_codes_where_they_lie(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few, "launch", gluon_on_cpu.launch)
