@@ -177,10 +177,7 @@ def _step(acc, other, zeros, ones, fetched, start, columns, planes, b_warp, BITS
             acc += total * offsets[0]
             other += total * offsets[1]
     elif len(scales) < 2:  # one scale for all of the tile, or for all of the row
-        start_at = zeros
-        if GROUPS == 1:
-            start_at = acc
-        product = mma_v2(low, low_x, start_at)
+        product = mma_v2(low, low_x, acc if GROUPS == 1 else zeros)
         if BITS == 4:
             product = mma_v2(high, high_x, product)
         if GROUPS == 1:
@@ -251,9 +248,7 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     first_block = part * (STEPS * WARPS)
 
     # rows past the end are read as the last one, and not written
-    end = N
-    if HALVES > 0:
-        end = HALVES
+    end = HALVES if HALVES > 0 else N
     n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, gl.SliceLayout(2, a_layout)))
     n = gl.minimum(n, end - 1)[None, :, None]
     c_n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, gl.SliceLayout(2, c_layout)))
@@ -270,10 +265,7 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
         rows += gl.max_contiguous(byte // SPAN * BETWEEN + byte % SPAN, [1, 1, SPAN])
     else:
         rows += byte
-    if PAIRS:
-        columns = x + m * (K // 2) + b_byte
-    else:
-        columns = x + m * K + b_byte
+    columns = x + m * (K // 2 if PAIRS else K) + b_byte
     planes = ()
     if TABLE:
         planes = _table(lut, DTYPE)
