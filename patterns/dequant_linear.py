@@ -28,7 +28,7 @@ from torch_fuse.graph.effects import Order
 from torch_fuse.graph.library_ops import check_not_kept
 from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.subclass import Traced, packed_source, trace_linear
-from torch_fuse.graph.values import static_int, tensor
+from torch_fuse.graph.values import static_int, storages, tensor
 from torch_fuse.kernels import _dequant_dispatch as dispatch
 from torch_fuse.kernels import dequant_linear
 from torch_fuse.kernels._measured import not_hopper
@@ -110,7 +110,7 @@ class DequantLinear(Pattern):
             return node if traced is None else traced.emit(node, match.bindings["packed"], builder.call)
 
         op = dequant_linear.reference if options.kernels == "reference" else dequant_linear.dequant_linear
-        leaves = [here(leaf) for leaf in closure.leaves]
+        leaves = [here(leaf) if traced is not None else _viewed_first(leaf, builder) for leaf in closure.leaves]
         parts: list[Node | None] = [
             None if part is None else part.emit(leaves, builder)
             for part in (reading.codes, reading.scale, reading.zero, reading.lut)
@@ -144,6 +144,37 @@ def _traced(outer: Product, packed: Node, view: GraphView) -> Traced:
     if reader is not None:
         raise Kept(f"{reader.name} reads the dequantised weight too, which is then written out anyway", reader)
     return trace_linear(outer.input, packed, view.fake_mode, weight.dtype)
+
+
+def _viewed_first(leaf: Node, builder: Builder) -> Node:
+    """A slice of bytes viewed as floats, such as GGUF's scales, as a slice of all the bytes viewed as floats.
+
+    It is the same memory. But Inductor copies a slice before such a view, and once more to give it the strides of the
+    view: together more than the weight. Other leaves are returned as they are.
+    """
+    if leaf.op != "call_method" or leaf.target != "view" or not isinstance(leaf.args[1], torch.dtype):
+        return leaf
+    dtype, node = leaf.args[1], leaf.args[0]
+    sliced = tensor(node)
+    if not isinstance(node, Node) or sliced is None or sliced.dim() == 0 or sliced.itemsize >= dtype.itemsize:
+        return leaf
+    ratio, kept = dtype.itemsize // sliced.itemsize, storages(node)
+    while len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+        whole = tensor(node)
+        if whole is None:  # the pieces of a split
+            continue
+        if storages(node) != kept or whole.dtype != sliced.dtype or whole.stride() != sliced.stride():
+            break
+        start = sliced.storage_offset() - whole.storage_offset()
+        if not all(isinstance(number, int) for number in (start, *whole.shape, *whole.stride())):
+            break
+        fits = whole.stride(-1) == 1 and 0 <= start <= whole.shape[-1] - sliced.shape[-1]
+        whole_numbers = (start, whole.shape[-1], *whole.stride()[:-1])
+        if whole.shape[:-1] == sliced.shape[:-1] and fits and all(number % ratio == 0 for number in whole_numbers):
+            viewed = builder.call("view", node, dtype)
+            return builder.call("narrow", viewed, -1, start // ratio, sliced.shape[-1] // ratio)
+    return leaf
 
 
 def _expect_steps(node: Node, a: int, b: int, builder: Builder) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torch_fuse import Options
+from torch_fuse.graph import values
 from torch_fuse.patterns import _packed_formats as formats
 from torch_fuse.patterns._dequant_examples import Quantised, gptq, gptq_forward, int8, make
 from torch_fuse.rewrite.registry import patterns
@@ -171,6 +172,19 @@ def test_a_format_is_looked_for_once_for_layers_of_one_kind(monkeypatch: pytest.
     module = nn.Sequential(*(layer(torch.float32)[0] for _ in range(3)))
     _, rewriter, _ = run(module, torch.randn(2, 32))
     assert rewriter.report.counts()[PATTERN] == {"fused": 3} and len(searched) == 1
+
+
+@pytest.mark.parametrize("name, block", [("Q8_0", 34), ("Q4_0", 18)])
+def test_scales_among_codes_are_viewed_before_they_are_sliced(name: str, block: int) -> None:
+    """Inductor would copy a slice of bytes that is viewed as floats."""
+    example = next(example for example in patterns()[PATTERN].spellings() if example.name == name)
+    module, (x,) = example.make(torch.float16)
+    found, rewriter, _ = run(module, x.detach())
+    with torch.no_grad():
+        assert torch.equal(found, module(x))
+    calls = [node for node in rewriter.graphs[0].graph.nodes if node.target == "view" and node.users]
+    views = [node for node in calls if node.args[1] == torch.float16]
+    assert [values.tensor(node.args[0]).shape[-1] for node in views] == [block]
 
 
 def test_without_a_kernel_or_a_measurement_the_graph_stays() -> None:
