@@ -29,7 +29,7 @@ from torch_fuse.graph.activation import gelus
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.linear import Linear, match_linear
-from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.norm import Norm, match_norm, norms_of, strip_casts
 from torch_fuse.graph.values import same_shape, static_int, tensor
 from torch_fuse.kernels import norm_linear_gemv
@@ -71,6 +71,8 @@ class DecodeNormLinear(Pattern):
         if not norms or norms[0].node is not norm.node:
             return None  # reported with the first of the norms
         same = [other for other in norms if _alike(other, norm)]
+        for linear in (linear for other in same for linear in _linears(other)):
+            check_stored(view, linear)
         outputs = [output for other in same for output in _outputs(other, view.order)]
         _check(norm, outputs)
         weights = [linear.weight for output in outputs for linear in output.linears]
@@ -157,6 +159,12 @@ def too_many_rows(node: Node) -> str | None:
     rows, found = _rows(node), tensor(node)
     most = 1 if found is None or found.dtype == torch.float32 else FEW_ROWS
     return None if rows is not None and rows <= most else f"{rows} rows: it is known to pay up to {most}"
+
+
+def check_stored(view: GraphView, linear: Linear) -> None:
+    """Raises Kept for a layer whose weight is quantised: it would be written out to be read again."""
+    if not linear.nodes.isdisjoint(view.candidates("dequant")):
+        raise Kept("a weight is quantised, which `dequant_linear` reads as it is stored", linear.node)
 
 
 def check_bias(linear: Linear) -> None:
