@@ -7,6 +7,7 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     MISSING = ""
 except ImportError as error:  # no Triton, or one before or after this language
@@ -151,10 +152,11 @@ def _steps(acc, zeros, first, rows, columns, scale, zero, planes, n, warp, b_war
            SPLIT_OPERANDS: gl.constexpr, HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, ROWS: gl.constexpr,
            GROUP: gl.constexpr, GROUPS: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr,
            DTYPE: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl.constexpr, EVEN: gl.constexpr,
-           AHEAD: gl.constexpr, UNROLL: gl.constexpr):  # fmt: skip
+           AHEAD: gl.constexpr, UNROLL: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     """Adds UNROLL steps from block `first` on to acc; the weight is read AHEAD steps before it is needed.
 
     No tile is carried around a loop: a byte of one would have a register of its own.
+    EARLY: before the first step x may still be at work in the launch before.
     """
     ahead = ()
     for i in gl.static_range(AHEAD + UNROLL):
@@ -162,6 +164,9 @@ def _steps(acc, zeros, first, rows, columns, scale, zero, planes, n, warp, b_war
             fetched = _fetch(rows, scale, zero, n, warp, c_n, c_warp, first + i * WARPS, BLOCKS, EVEN, BITS, RUN, TILE,
                              GROUPS, ROWS, GROUP, COMPUTE, ZEROS > 0)  # fmt: skip
             ahead = ahead + (fetched,)
+        if EARLY and i == AHEAD:
+            gdc_wait()
+            gdc_launch_dependents()
         if i >= AHEAD:
             acc = _step(acc, zeros, ahead[0], first + (i - AHEAD) * WARPS, columns, planes, b_warp, BITS, CONVERT,
                         CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN, GROUPS, ZEROS, DTYPE, TILE, BLOCKS,
@@ -171,19 +176,34 @@ def _steps(acc, zeros, first, rows, columns, scale, zero, planes, n, warp, b_war
 
 
 @gluon.jit
+def _activated(x, ACTIVATION: gl.constexpr):
+    """fp32 x through an activation: a few values a program, so no instruction is spared."""
+    if ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + gl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # noqa: RET505  # a jit function's other branch must not be compiled
+        return x / (1.0 + gl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "silu":
+        return x / (1.0 + gl.exp(-x))
+    else:
+        return x
+
+
+@gluon.jit
 def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABLE: gl.constexpr,
            CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr, SPLIT_OPERANDS: gl.constexpr,
            HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
            COMPUTE: gl.constexpr, ZEROS: gl.constexpr, BIASED: gl.constexpr, DTYPE: gl.constexpr,
            BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr,
-           PARTS: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr):  # fmt: skip
-    """BLOCK_N columns of the result, or one of PARTS parts of their sums.
+           PARTS: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr, ACTIVATION: gl.constexpr,
+           EARLY: gl.constexpr):  # fmt: skip
+    """BLOCK_N columns of the result, through ACTIVATION, or one of PARTS parts of their sums.
 
     The WARPS warps take blocks of columns in turns: a batch of products, added up at the end. The layouts of the
     products' operands have TILE / 8 bytes side by side in a lane, so codes and activations go from memory into the
     registers that they are multiplied from, without a pass through shared memory.
 
     x is int32, two activations each, for 4-bit codes that lie beside each other (RUN is 0).
+    EARLY: the launch before may be at work still, on x alone of what is read (programmatic dependent launch).
     """
     PER_BYTE: gl.constexpr = 8 // BITS
     BLOCKS: gl.constexpr = K // PER_BYTE // TILE
@@ -225,7 +245,7 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     for chunk in range(0, STEPS, UNROLL):
         acc = _steps(acc, zeros, first_block + chunk * WARPS, rows, columns, scale, zero, planes, n, warp, b_warp, c_n,
                      c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN, ROWS, GROUP,
-                     GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, EVEN, AHEAD, UNROLL)  # fmt: skip
+                     GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, EVEN, AHEAD, UNROLL, EARLY)  # fmt: skip
 
     result = gl.sum(acc, 0)
     out_n = (first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(0, c_layout))))[:, None]
@@ -234,5 +254,6 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
         result *= _group(scale, out_n, 0, out_n < N, GROUPS, ROWS, GROUP, COMPUTE)
     if BIASED:
         result += gl.load(bias + out_n, (out_n < N) & (part == 0), other=0.0).to(gl.float32)
+    result = _activated(result, ACTIVATION)
     at = (part * M + out_m).to(gl.int64) * N + out_n
     gl.store(out + at, result.to(out.dtype.element_ty), (out_n < N) & (out_m < M))
