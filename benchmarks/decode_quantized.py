@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_dequant_linear import formats, measure, weight
+from bench_dequant_linear import measure
 from common import Log, error
 from decode import BANDWIDTH, _exact, _prepared, _timed
 from models import PYTHIA, pythia
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import torch_fuse
 from torch_fuse.kernels import _dequant_rows as few
-from torch_fuse.kernels.packed_weight import decode
+from torch_fuse.kernels.packed_weight import Format, decode
 
 GROUP = 128
 
@@ -163,6 +163,16 @@ def step(log: Log, kind: str, ways: list[str], dry: bool, reps: int, fp16_ms: fl
     return fp16_ms
 
 
+def weight(form: Format, n: int, k: int, device: str) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    """Random parts of a weight [n, k]; of 4 bits with zero points."""
+    groups = (n, k // form.group)
+    codes = torch.randint(0, 256, (n, k * form.bits // 8), dtype=torch.uint8, device=device)
+    scale = (torch.rand(groups, device=device) + 0.5).mul(0.01).half()
+    if form.bits == 8:
+        return codes.view(torch.int8), scale, None, None
+    return codes, scale, torch.randint(4, 12, groups, device=device).half(), None
+
+
 SWEEP = [few.Config(*each) for each in ((16, 4), (16, 8), (16, 16), (16, 4, 4), (16, 8, 4), (16, 8, 2, 0, 2))]
 
 
@@ -173,20 +183,20 @@ def products(log: Log, name: str, dry: bool, sweep: bool) -> None:
     shapes = {"qkv": (3 * hidden, hidden), "out": (hidden, hidden), "up": (inner, hidden), "down": (hidden, inner)}
     if not dry:
         shapes["lm_head"] = (50304, hidden)
-    one = torch.nn.functional.linear if dry else None
     made: dict[str, Any] = {}
     for layer, (n, k) in shapes.items():
-        form = formats(k)[name]
+        form = Format(8, "int", 1, k, compute="float16") if name == "int8" else Format(
+            4, "uint", 1, min(GROUP, k), compute="float16")  # fmt: skip
         count = 2 if dry else max(4, int(0.3e9 // (n * k * form.bits // 8)))
-        weights = [weight(name, form, n, k, device) for _ in range(count)]
+        weights = [weight(form, n, k, device) for _ in range(count)]
         x, bias = (torch.randn(*size, device=device).half() for size in ((1, k), (n,)))
         made[layer] = (x, weights, bias, form, "gelu" if layer == "up" else "none")
 
     def call(i: int, layer: str, early: bool, chosen: few.Config | None = None) -> Tensor:
         x, weights, bias, form, activation = made[layer]
         parts = weights[i % len(weights)]
-        if one is not None:
-            return one(x, decode(*parts, form, x.dtype), bias)
+        if dry:
+            return F.linear(x, decode(*parts, form, x.dtype), bias)
         return few.rows_linear(x, *parts, bias, form, chosen, activation, early)
 
     def whole(i: int, early: bool) -> None:
@@ -230,9 +240,8 @@ def main() -> None:
     kinds = given.formats.split(",")
     with torch.no_grad():
         if given.products:
-            for name in ("int8", "int4_g128_zero"):
-                if not given.dry or name == "int8":
-                    products(log, name, given.dry, given.sweep)
+            for name in ("int8", "int4"):
+                products(log, name, given.dry, given.sweep)
             return
         fp16_ms = given.fp16_ms
         for kind in kinds:
