@@ -6,6 +6,8 @@ The product's library reads a weight that was just written from L2 in part, so w
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,9 +18,23 @@ from . import _dequant_tiled as tiled
 from ._gemv_common import activated
 from .packed_weight import COMPUTE, Format, weight_shape
 
-# Rows of x up to which each way of reading the codes in the product is the faster one, for 8 and 4 bits: all of a row's
-# warps by themselves, and tiles. To be measured.
-CROSSOVER = {8: (32, 256), 4: (32, 256)}
+
+class Crossover(NamedTuple):
+    """Rows of x up to which a way of reading the codes in the product is the fastest one.
+
+    Attributes:
+        rows: all of a row's warps by themselves (`_dequant_rows`), where tiles could be used, too.
+        rows_alone: the same where they could not, and the weight would be written out.
+        tiled: tiles (`_dequant_tiled`), against writing the weight out.
+    """
+
+    rows: int
+    rows_alone: int
+    tiled: int
+
+
+# By bits of a code. To be measured: benchmarks/bench_dequant_linear.py --crossover makes this of its rows.
+CROSSOVER = {8: Crossover(16, 32, 256), 4: Crossover(16, 32, 256)}
 # Rows of x up to which the op is measured to beat Inductor on sm_90 (benchmarks/results/dequant_linear.jsonl).
 MEASURED_ROWS = 16
 # Whether the figures are of the kernels as they are; until then they run with options["unmeasured"] only.
@@ -67,7 +83,7 @@ def unmeasured(codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | 
 
 def has_epilogue(rows: int | None) -> bool:
     """Whether an activation costs no launch of its own: for a few rows, whose number is known."""
-    return rows is not None and 0 < rows <= min(most for most, _ in CROSSOVER.values())
+    return rows is not None and 0 < rows <= min(each.rows for each in CROSSOVER.values())
 
 
 def run(
@@ -77,10 +93,12 @@ def run(
     """`dequant_linear` of inputs that `supports` takes, contiguous."""
     rows = x.numel() // max(x.shape[-1], 1)
     up_to = CROSSOVER[form.bits]
-    if 0 < rows <= up_to[0] and few.supports(x, codes, scale, zero, lut, form) is None:
+    if 0 < rows <= up_to.rows and few.supports(x, codes, scale, zero, lut, form) is None:
         return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation, early=early)
-    if 0 < rows <= up_to[1] and tiled.supports(x, codes, scale, zero, lut, form) is None:
+    if 0 < rows <= up_to.tiled and tiled.supports(x, codes, scale, zero, lut, form) is None:
         return activated(tiled.tiled_linear(x, codes, scale, zero, lut, bias, form), activation)
+    if 0 < rows <= up_to.rows_alone and few.supports(x, codes, scale, zero, lut, form) is None:
+        return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation, early=early)
     weight = written.decode_on_device(codes, scale, zero, lut, form, x.dtype)
     if form.arithmetic != "output":
         return activated(F.linear(x, weight, bias), activation)
