@@ -109,9 +109,9 @@ def test_an_activation_between_two_layers_is_computed_by_the_first(name: str) ->
     assert {each for each, _ in found} - {"none"} == {activation} - {"none"}, str(rewriter.report)
 
 
-@pytest.mark.parametrize(("rows", "grad"), [(33, False), (2, True)])
+@pytest.mark.parametrize(("rows", "grad"), [(300, False), (2, True)])
 def test_an_activation_of_many_rows_or_with_a_gradient_is_left_to_others(rows: int, grad: bool) -> None:
-    assert dispatch.has_epilogue(32) and not dispatch.has_epilogue(33) and not dispatch.has_epilogue(None)
+    assert dispatch.has_epilogue(1) and not dispatch.has_epilogue(300) and not dispatch.has_epilogue(None)
     found, _ = run(ABSORBED["gelu"][0], torch.randn(rows, 1, K, requires_grad=grad))
     assert found == [("none", False)] * 2
 
