@@ -14,6 +14,7 @@ from torch import Tensor
 from . import _dequant_decode as written
 from . import _dequant_rows as few
 from . import _dequant_tiled as tiled
+from ._gemv_common import activated
 from .packed_weight import COMPUTE, Format, weight_shape
 
 
@@ -68,20 +69,26 @@ def unmeasured(codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | 
     return None
 
 
+def has_epilogue(rows: int | None) -> bool:
+    """Whether an activation costs no launch of its own: for a few rows, whose number is known."""
+    return rows is not None and 0 < rows <= min(each.rows for each in CROSSOVER.values())
+
+
 def run(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format
-) -> Tensor:
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format,
+    activation: str = "none", early: bool = False,
+) -> Tensor:  # fmt: skip
     """`dequant_linear` of inputs that `supports` takes, contiguous."""
     rows = x.numel() // max(x.shape[-1], 1)
     up_to = CROSSOVER[form.bits]
     if 0 < rows <= up_to.rows and few.supports(x, codes, scale, zero, lut, form) is None:
-        return few.rows_linear(x, codes, scale, zero, lut, bias, form)
+        return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation, early=early)
     if 0 < rows <= up_to.tiled and tiled.supports(x, codes, scale, zero, lut, form) is None:
-        return tiled.tiled_linear(x, codes, scale, zero, lut, bias, form)
+        return activated(tiled.tiled_linear(x, codes, scale, zero, lut, bias, form), activation)
     if 0 < rows <= up_to.rows_alone and few.supports(x, codes, scale, zero, lut, form) is None:
-        return few.rows_linear(x, codes, scale, zero, lut, bias, form)
+        return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation, early=early)
     weight = written.decode_on_device(codes, scale, zero, lut, form, x.dtype)
     if form.arithmetic != "output":
-        return F.linear(x, weight, bias)
+        return activated(F.linear(x, weight, bias), activation)
     out = (F.linear(x, weight) * scale.flatten().to(COMPUTE[form.compute])).to(x.dtype)
-    return out if bias is None else out + bias
+    return activated(out if bias is None else out + bias, activation)

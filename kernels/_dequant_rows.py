@@ -17,6 +17,7 @@ from torch import Tensor
 from ._dequant_codes import BF16, FP16, convert, order, reorder, split
 from ._dequant_layout import bytes_in_row, bytes_of, from_aligned, run_of, strides
 from ._dequant_rows_kernel import MISSING, gl, kernel
+from ._gemv_common import activated, launch_options, starts_early
 from ._ops import INTERPRETED, launch, no_triton, on_device_of
 from .packed_weight import COMPUTE, Format, weight_shape
 
@@ -60,7 +61,8 @@ def config(m: int, n: int, k: int, form: Format) -> Config:
     block_n = 16 if m <= 16 else 32
     warps = 8 if n // block_n < 512 else 4
     parts = 1
-    while n // block_n * parts < 264 and parts < 4 and k >= 4096 * parts:  # fewer than two programs a multiprocessor
+    # less than a program a multiprocessor: else the launches that add the parts up cost more than they save
+    while n // block_n * parts < 132 and parts < 4 and k >= 4096 * parts:
         parts *= 2
     return Config(block_n, warps, parts=parts)
 
@@ -122,7 +124,8 @@ def _zeros(x: Tensor, zero: Tensor | None, form: Format) -> int:
 
 
 def constants(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, form: Format,
-              chosen: Config, lead: int = 0) -> dict[str, Any]:  # fmt: skip
+              chosen: Config, lead: int = 0, activation: str = "none",
+              early: bool = False) -> dict[str, Any]:  # fmt: skip
     """The kernel's constants, but for Triton's own options."""
     _, k = weight_shape(codes, form)
     rows = x.numel() // k
@@ -160,21 +163,26 @@ def constants(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias
         "BETWEEN": where.between, "ROW": where.row, "LEAD": lead,
         "ALIGNED": math.gcd(tile // 8, where.span, where.between, where.row, lead), "WARPS": chosen.warps,
         "PARTS": chosen.parts, "AHEAD": min(chosen.ahead, unroll - 1), "UNROLL": unroll,
+        "ACTIVATION": activation if chosen.parts == 1 else "none", "EARLY": early,
     }  # fmt: skip
 
 
 def rows_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format,
-    chosen: Config | None = None,
+    chosen: Config | None = None, activation: str = "none", early: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The product for inputs that `supports` takes."""
+    """The product for inputs that `supports` takes, through an activation of `_gemv_common.ACTIVATIONS`.
+
+    early: the launch may begin before the one before it has ended, which then writes nothing that is read but x.
+    """
     n, k = weight_shape(codes, form)
     flat = x.reshape(-1, k).contiguous()
     if flat.data_ptr() % 16:
         flat = flat.clone()
     chosen = chosen or config(flat.shape[0], n, k, form)
     read, lead = from_aligned(codes)
-    known = constants(flat, codes, scale, zero, bias, form, chosen, lead)
+    early = starts_early(x, early)
+    known = constants(flat, codes, scale, zero, bias, form, chosen, lead, activation, early)
     words = flat.view(torch.int32) if form.bits == 4 and run_of(codes, form) == 0 else flat
     # 8-bit floats go through the registers of bytes: Triton's own type would be converted by it
     integers = read.view(torch.int8) if form.kind.startswith("fp8") else read
@@ -185,7 +193,7 @@ def rows_linear(
     arguments = [words, integers, scale, scale if zero is None else zero, scale if lut is None else lut,
                  scale if bias is None else bias, out, flat.shape[0], n]  # fmt: skip
     with on_device_of(x):
-        launch(kernel, grid, arguments, {**known, "num_warps": chosen.warps})
+        launch(kernel, grid, arguments, {**known, "num_warps": chosen.warps, **launch_options(early)})
     if not alone:
-        out = out.sum(0).to(x.dtype)
+        out = activated(out.sum(0), activation).to(x.dtype)
     return out.view(*x.shape[:-1], n)

@@ -7,6 +7,7 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     MISSING = ""
 except ImportError as error:  # no Triton, or one before or after this language
@@ -199,14 +200,29 @@ def _step(acc, other, zeros, ones, fetched, start, columns, planes, b_warp, BITS
 
 
 @gluon.jit
+def _activated(x, ACTIVATION: gl.constexpr):
+    """fp32 x through an activation: a few values a program, so no instruction is spared."""
+    if ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + gl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # noqa: RET505  # a jit function's other branch must not be compiled
+        return x / (1.0 + gl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "silu":
+        return x / (1.0 + gl.exp(-x))
+    else:
+        return x
+
+
+@gluon.jit
 def _store(acc, out, scale, bias, n, m, part, M, N, inside, SCALED: gl.constexpr, ROWS: gl.constexpr,
-           GROUP: gl.constexpr, SCALE_N: gl.constexpr, COMPUTE: gl.constexpr, BIASED: gl.constexpr):  # fmt: skip
-    """Writes the sums of rows n of the weight and m of x."""
+           GROUP: gl.constexpr, SCALE_N: gl.constexpr, COMPUTE: gl.constexpr, BIASED: gl.constexpr,
+           ACTIVATION: gl.constexpr):  # fmt: skip
+    """Writes the sums of rows n of the weight and m of x, through an activation."""
     result = gl.sum(acc, 0)
     if SCALED:
         result *= _group(scale, n, 0, inside, ROWS, GROUP, SCALE_N, 0, COMPUTE)
     if BIASED:
         result += gl.load(bias + n, inside & (part == 0), other=0.0).to(gl.float32)
+    result = _activated(result, ACTIVATION)
     at = (part * M + m).to(gl.int64) * N + n
     gl.store(out + at, result.to(out.dtype.element_ty), inside & (m < M))
 
@@ -220,7 +236,7 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
            ADDED: gl.constexpr, BIASED: gl.constexpr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr,
            BLOCK_N: gl.constexpr, TILE: gl.constexpr, SPAN: gl.constexpr, BETWEEN: gl.constexpr, ROW: gl.constexpr,
            LEAD: gl.constexpr, ALIGNED: gl.constexpr, WARPS: gl.constexpr, PARTS: gl.constexpr, AHEAD: gl.constexpr,
-           UNROLL: gl.constexpr):  # fmt: skip
+           UNROLL: gl.constexpr, ACTIVATION: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     """BLOCK_N columns of the result (and as many HALVES later), or one of PARTS parts of their sums.
 
     The WARPS warps take blocks of columns in turns: a batch of products, added up at the end. The layouts of the
@@ -232,6 +248,8 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     ADDED: 1 or -1 where the zero point, times that, is added to codes times scale: it multiplies sums of x, the
     product with a matrix of ones. Codes lie as `_dequant_layout.Bytes` says, LEAD bytes behind `codes`, and all pieces
     of a lane at multiples of ALIGNED.
+    ACTIVATION: of a whole result. EARLY: the launch before may be at work still, on x alone of what is read
+    (programmatic dependent launch).
     """
     IN_ROW: gl.constexpr = K // 2 if BITS == 4 and HALVES == 0 else K
     BLOCKS: gl.constexpr = IN_ROW // TILE
@@ -283,6 +301,9 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
                                  EVEN, BITS, RUN, HALVES, SIDES, IN_ROW, TILE, SPAN, BETWEEN, ALIGNED, GROUPS, ROWS,
                                  GROUP, SCALE_N, SCALE_K, ZERO_N, ZERO_K, COMPUTE, ZEROS, ADDED)  # fmt: skip
                 ahead = ahead + (fetched,)
+            if EARLY and i == AHEAD:
+                gdc_wait()
+                gdc_launch_dependents()
             if i >= AHEAD:
                 acc, other = _step(acc, other, zeros, ones, ahead[0], first_block + (chunk + i - AHEAD) * WARPS,
                                    columns, planes, b_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS,
@@ -293,7 +314,8 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     out_n = (first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(0, c_layout))))[:, None]
     out_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(0, c_layout)))[None, :]
     inside = out_n < end
-    _store(acc, out, scale, bias, out_n, out_m, part, M, N, inside, GROUPS == 1, ROWS, GROUP, SCALE_N, COMPUTE, BIASED)
+    _store(acc, out, scale, bias, out_n, out_m, part, M, N, inside, GROUPS == 1, ROWS, GROUP, SCALE_N, COMPUTE, BIASED,
+           ACTIVATION)  # fmt: skip
     if HALVES > 0:
         _store(other, out, scale, bias, out_n + HALVES, out_m, part, M, N, inside, GROUPS == 1, ROWS, GROUP, SCALE_N,
-               COMPUTE, BIASED)  # fmt: skip
+               COMPUTE, BIASED, ACTIVATION)  # fmt: skip

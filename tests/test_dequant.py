@@ -262,6 +262,18 @@ def test_a_weight_that_is_a_tensor_subclass_is_read_by_its_parts(executor: Any) 
     assert form_of(rewriter)[:4] == (8, "int", 1, 32)
 
 
+@pytest.mark.parametrize("shape", [(3, 2), (1, 1)])
+def test_a_tensor_subclass_takes_activations_of_any_strides(shape: tuple[int, int]) -> None:
+    layer = nn.Linear(32, 16, bias=False)
+    codes = torch.randint(-128, 128, (16, 32)).to(torch.int8)
+    layer.weight = nn.Parameter(Packed(codes, torch.rand(16, 1)), requires_grad=False)
+    x = torch.randn(*shape, 64)[..., ::2].transpose(0, 1)
+    with torch.no_grad():
+        found, rewriter, _ = run(layer, x)
+        torch.testing.assert_close(found, layer(x))
+    assert rewriter.statuses == {(PATTERN, "fused")}, str(rewriter.report)
+
+
 def test_a_tensor_subclass_that_changes_the_activations_is_left_alone() -> None:
     layer = nn.Linear(32, 16)
     codes = torch.randint(-128, 128, (16, 32)).to(torch.int8)

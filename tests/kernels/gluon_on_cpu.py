@@ -82,6 +82,7 @@ class _Gl:
     constexpr, float32, int64, int32, int16 = object, torch.float32, torch.int64, torch.int32, torch.int16
     load, store, multiple_of, max_contiguous = map(staticmethod, (_load, _store, _multiple_of, _max_contiguous))
     static_range, to_tensor = range, staticmethod(torch.tensor)
+    erf, exp = staticmethod(torch.erf), staticmethod(torch.exp)
     program, axis_of = 0, staticmethod(lambda program: 2)
 
     def __getattr__(self, name: str) -> Any:

@@ -11,6 +11,7 @@ from test_dequant_kernels import FORMATS, Parts, parts
 from torch_fuse.kernels import _dequant_rows as few
 from torch_fuse.kernels import _ops
 from torch_fuse.kernels._dequant_rows_kernel import MISSING
+from torch_fuse.kernels._gemv_common import activated
 from torch_fuse.kernels.packed_weight import COMPUTE, Format, decode
 
 pytestmark = pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED or bool(MISSING), reason="needs Gluon")
@@ -71,6 +72,20 @@ def test_rows_too_long_for_32_bits_are_left_to_the_decode_pass() -> None:
 def test_a_few_rows_times_codes_where_they_lie(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few, "launch", gluon_on_cpu.launch)
     check(name, 20, 256, 3, torch.float16, few.Config(16, 2))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["int8_per_row", "hqq_halves"])
+def test_the_sums_go_through_an_activation(name: str, parts: int, activation: str,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(few, "launch", gluon_on_cpu.launch)
+    form, found = weights(name, 20, 256)
+    x, bias = torch.randn(3, 256).half() / 64, torch.randn(20).half()
+    exact = activated(x.double() @ decode(*found, form, torch.float64).t() + bias.double(), activation)
+    theirs = activated(torch.nn.functional.linear(x, decode(*found, form, torch.float16), bias), activation)
+    ours = few.rows_linear(x, *found, bias, form, few.Config(16, 2, parts=parts), activation)
+    assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max() + 1e-3
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_k", "gptq_zeros", "hqq_halves", "groups_of_32"])
