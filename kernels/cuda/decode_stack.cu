@@ -57,7 +57,8 @@ class Walker {
       return true;
     }
     const Layer& layer = a_.layers[layer_];
-    constexpr int OUT_STEP = PARALLEL ? PROJECTIONS + 2 : PROJECTIONS, UP_STEP = PARALLEL ? PROJECTIONS : PROJECTIONS + 1;
+    constexpr int UP_STEP = PARALLEL ? PROJECTIONS : PROJECTIONS + 1;
+    constexpr int OUT_STEP = !PARALLEL ? PROJECTIONS : OUT_FIRST ? PROJECTIONS + 1 : PROJECTIONS + 2;
     if (step_ < PROJECTIONS) {
       const Range r = rows_of(in_rows(step_), layer_, shift_in(step_));
       span_ = span_of<In>(layer.in_weight[step_], r.first, r.count);
@@ -156,25 +157,48 @@ class Matrix {
     up(layer, scaled);
     mark(layer, AT_UP);
 
+    uint16_t* y = layer == LAYERS - 1 && VOCAB == 0 ? a_.result : stream(layer % 2);
+    if constexpr (OUT_FIRST) {
+      both<Out, Down>(layer, l.out_bias, l.down_bias, x, y);
+    } else {
+      both<Down, Out>(layer, l.down_bias, l.out_bias, x, y);
+    }
+    mark(layer, AT_OUT);
+  }
+
+  // The MLP's second weight and the output projection, in this order or the other, and the residual x.
+  template <class First, class Second>
+  __device__ void both(int layer, const uint16_t* first_bias, const uint16_t* second_bias, const uint16_t* x,
+                       uint16_t* y) {
     const Range r = rows_of(WIDTH, layer, SHIFT_OUT);
-    const float down_bias = own_row(r) ? or_zero(l.down_bias, r.first + threadIdx.x) : 0.0f;
+    const bool own = static_cast<int>(threadIdx.x) < r.count;
+    const float bias = own ? or_zero(first_bias, r.first + threadIdx.x) : 0.0f;
     {
-      Vector<Down> h;
+      Vector<First> vector;
+      input<First>(layer, vector);
+      product<First>(vector, r.count, rest_.kept);
+      mark(layer, AT_FIRST);
+    }
+    Vector<Second> vector;
+    input<Second>(layer, vector);
+    rows<1, Second>(vector, r, {second_bias}, x, COUNTER_STREAM, [&](int row, const float(&total)[1], float residual) {
+      const float kept = added<First>(rest_.kept) + bias;
+      y[row] = rounded(First::IS_OUT ? residual + kept + total[0] : residual + total[0] + kept);
+    });
+  }
+
+  // What the MLP's second weight or the output projection multiplies.
+  template <class W>
+  __device__ void input(int layer, Vector<W>& vector) {
+    if constexpr (W::IS_OUT) {
+      wait_for_attention(layer);
+      mark(layer, AT_ATTENDED);
+      widen_own<W>(workspace(ATTENDED_AT), vector);
+    } else {
       wait(COUNTER_INNER, (layer + 1) * CTAS);
       mark(layer, AT_INNER);
-      widen_own<Down>(workspace(INNER_AT), h);
-      product<Down>(h, r.count, rest_.kept);
-      mark(layer, AT_DOWN);
+      widen_own<W>(workspace(INNER_AT), vector);
     }
-    Vector<Out> attended;
-    wait_for_attention(layer);
-    mark(layer, AT_ATTENDED);
-    widen_own<Out>(workspace(ATTENDED_AT), attended);
-    uint16_t* y = layer == LAYERS - 1 && VOCAB == 0 ? a_.result : stream(layer % 2);
-    rows<1, Out>(attended, r, {l.out_bias}, x, COUNTER_STREAM, [&](int row, const float(&total)[1], float residual) {
-      y[row] = rounded(residual + total[0] + (added<Down>(rest_.kept) + down_bias));
-    });
-    mark(layer, AT_OUT);
   }
 
   __device__ void sequential_layer(int layer) {
@@ -194,9 +218,7 @@ class Matrix {
     uint16_t* y = stream(1);
     {
       Vector<Out> attended;
-      wait_for_attention(layer);
-      mark(layer, AT_ATTENDED);
-      widen_own<Out>(workspace(ATTENDED_AT), attended);
+      input<Out>(layer, attended);
       rows<1, Out>(attended, rows_of(WIDTH, layer, SHIFT_OUT), {l.out_bias}, x, COUNTER_MIDDLE,
                    [&](int row, const float(&total)[1], float residual) { y[row] = rounded(residual + total[0]); });
     }
@@ -210,13 +232,11 @@ class Matrix {
     up(layer, vector);
     mark(layer, AT_UP);
     Vector<Down> h;
-    wait(COUNTER_INNER, (layer + 1) * CTAS);
-    mark(layer, AT_INNER);
-    widen_own<Down>(workspace(INNER_AT), h);
+    input<Down>(layer, h);
     uint16_t* z = layer == LAYERS - 1 && VOCAB == 0 ? a_.result : stream(0);
     rows<1, Down>(h, rows_of(WIDTH, layer, SHIFT_DOWN), {l.down_bias}, y, COUNTER_STREAM,
                   [&](int row, const float(&total)[1], float residual) { z[row] = rounded(residual + total[0]); });
-    mark(layer, AT_DOWN);
+    mark(layer, AT_FIRST);
   }
 
   // The first block counts the lengths up when the last layer is complete: then no task reads them any more.
@@ -440,7 +460,6 @@ class Matrix {
   __device__ uint16_t* workspace(int at) const { return reinterpret_cast<uint16_t*>(a_.workspace + at); }
   __device__ uint16_t* stream(int which) const { return workspace(STREAM_AT + which * STREAM_BYTES); }
   __device__ unsigned* counter(int which) const { return reinterpret_cast<unsigned*>(a_.workspace) + which * 32; }
-  __device__ bool own_row(Range r) const { return static_cast<int>(threadIdx.x) < r.count; }
 
   __device__ void mark(int layer, Event event) const {
     if (threadIdx.x == 0) trace(a_, layer, event);

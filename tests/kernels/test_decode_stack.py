@@ -34,11 +34,12 @@ CASES = {
     "neox": Case(),
     "rows_in_the_last_slice_only": Case(
         width=264, heads=5, kv_heads=5, head_dim=24, inner=600, matrix_warps=3, max_chunk=1100, multiprocessors=6,
-        mask="hole", prefetch=2,
+        mask="hole", prefetch=2, out_first=True,
     ),
     "one_key_bfloat16": Case(mask="one", dtype=torch.bfloat16, splits=1, rotary=0, vocabulary=0),
     "keys_behind_the_token": Case(mask="beyond", counted=False, interleaved=True, rotary=16, biased=False,
                                   table_dtype=torch.float32),
+    "parallel_and_gated": Case(**LLAMA | {"parallel": True}, out_first=True),
     "llama": Case(**LLAMA, layers=3),
     "llama_long_rows_bfloat16": Case(**LLAMA | {
         "width": 520, "inner": 1304, "matrix_warps": 4, "max_chunk": 1536, "multiprocessors": 4, "heads": 6,
