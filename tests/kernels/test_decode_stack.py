@@ -175,6 +175,28 @@ def test_the_op_counts_the_lengths_and_the_versions_of_what_it_writes() -> None:
     assert all(t._version > v for t, v in zip((*s.key_caches, *s.lengths), versions, strict=True))
 
 
+def test_calls_that_are_alike_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr(module, "check", lambda s: checked.append(s) or check(s))
+    calls = importlib.import_module("torch_fuse.kernels._decode_stack_calls")
+    monkeypatch.setattr(calls, "_known", {})
+    s = known(stack(Case(layers=1)))
+    with torch.no_grad():
+        op(*copied(s))
+        op(*copied(s))
+        assert len(checked) == 1
+        shared = s.norm_weights[0]
+        for other in (
+            s._replace(x=torch.zeros(1, 1, 128).half()[:, :, ::2]), s._replace(eps=1e-3),
+            s._replace(norm_weights=[shared, shared]), s._replace(up_biases=[None]),
+            s._replace(head_bias=s.x[0, 0, :50]),
+        ):  # fmt: skip
+            op(*other)
+        assert len(checked) == 6
+        with pytest.raises(ValueError, match="down_weights"):
+            op(*s._replace(down_weights=[s.down_weights[0][:, :8]]))
+
+
 def test_the_op_compiles_without_a_copy_of_the_caches() -> None:
     s, graphs = known(stack(Case())), []
 
