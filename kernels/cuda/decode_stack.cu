@@ -3,8 +3,8 @@
 // A block a multiprocessor, of three kinds of warps:
 // - the producer copies the block's rows of all weights, in the order of their use, into a ring in shared memory. It
 //   waits for free slots only, so the memory is read also while the others wait for other blocks.
-// - matrix warps multiply rows with a vector that they hold in registers: columns are split over warps, and the parts of
-//   a row are added in one order. All blocks meet where a vector is complete: after the MLP's activation and after the
+// - matrix warps multiply rows with a vector that they hold in registers: columns are split over warps, and the parts
+//   of a row are added in one order. All blocks meet where a vector is complete: after the MLP's activation and after the
 //   layer (parallel residual), and twice more otherwise.
 // - attention warps take (head, part of the keys) tasks beside them. Who ends a head's last part adds the parts up.
 //
@@ -67,9 +67,9 @@ class Walker {
       span_ = span_of<Out>(layer.out_weight, r.first, r.count);
     } else if (step_ == UP_STEP) {
       const Range r = rows_of(INNER, layer_, SHIFT_UP);
-      const int done = up_ / UPS * In::ROUND_ROWS;
+      const int done = up_ / UPS * In::ROUND_ROWS, count = max(min(In::ROUND_ROWS, r.count - done), 0);
       span_ = UPS == 1 ? span_of<In>(layer.up_weight[0], r.first, r.count)
-                       : span_of<In>(layer.up_weight[up_ % UPS], r.first + done, max(min(In::ROUND_ROWS, r.count - done), 0));
+                       : span_of<In>(layer.up_weight[up_ % UPS], r.first + done, count);
       ++up_;
       if (UPS > 1 && (up_ % UPS != 0 || done + In::ROUND_ROWS < r.count)) return true;  // the next one is of this step
       up_ = 0;

@@ -1,5 +1,5 @@
-// What the warps of decode_stack.cu share: sizes, arguments, the block's rows, arithmetic. Constants that are not here are
-// the model's and the device's: kernels/_decode_stack_plan.py gives them to the compiler.
+// What the warps of decode_stack.cu share: sizes, arguments, the block's rows, arithmetic. Constants that are not here
+// are the model's and the device's: kernels/_decode_stack_plan.py gives them to the compiler.
 #pragma once
 
 #include "primitives.cuh"
@@ -22,9 +22,13 @@ constexpr int THREADS = MATRIX_THREADS + ATTENTION_THREADS + 32;
 constexpr int MATRIX_GROUP = 1, ATTENTION_GROUP = 2, WRITERS_GROUP = 3;
 constexpr int UPS = GATED ? 2 : 1;
 constexpr int STRIDE = MATRIX_WARPS | 1;  // of sums: threads that read rows side by side meet in no bank
-enum { COUNTER_STREAM, COUNTER_PROJECTED, COUNTER_INNER, COUNTER_ATTENDED, COUNTER_MIDDLE, HEAD_COUNTERS, NO_COUNTER = -1 };
+enum Counter {
+  COUNTER_STREAM, COUNTER_PROJECTED, COUNTER_INNER, COUNTER_ATTENDED, COUNTER_MIDDLE, HEAD_COUNTERS, NO_COUNTER = -1
+};
 
-enum Event { AT_BEGIN, AT_STREAM, AT_PROJECTED, AT_UP, AT_INNER, AT_FIRST, AT_ATTENDED, AT_OUT, AT_QUERY, AT_TASKS, EVENTS = 16 };
+enum Event {
+  AT_BEGIN, AT_STREAM, AT_PROJECTED, AT_UP, AT_INNER, AT_FIRST, AT_ATTENDED, AT_OUT, AT_QUERY, AT_TASKS, EVENTS = 16
+};
 
 struct Layer {
   const uint16_t* norm_weight[2];
@@ -131,13 +135,16 @@ struct Rest {
   int range[ATTENTION_WARPS][2];
   int last;
 };
-static_assert(!PARALLEL || (KEPT_ROWS * CTAS >= WIDTH && KEPT_ROWS <= Out::ROUND_ROWS && KEPT_ROWS <= Down::ROUND_ROWS), "all of a block's rows are kept");
+static_assert(!PARALLEL || KEPT_ROWS * CTAS >= WIDTH, "all of a block's rows are kept");
+static_assert(!PARALLEL || (KEPT_ROWS <= Out::ROUND_ROWS && KEPT_ROWS <= Down::ROUND_ROWS), "in one round");
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the host's struct is the same");
 static_assert(sizeof(Rest) <= REST_BYTES, "what the host asks for is enough");
 
 __device__ __forceinline__ float widened(uint16_t x) { return BFLOAT ? bfloat_to_float(x) : half_to_float(x); }
 __device__ __forceinline__ uint16_t rounded(float x) { return BFLOAT ? float_to_bfloat(x) : float_to_half(x); }
-__device__ __forceinline__ float2 widened_two(uint32_t x) { return BFLOAT ? bfloats_to_floats(x) : halves_to_floats(x); }
+__device__ __forceinline__ float2 widened_two(uint32_t x) {
+  return BFLOAT ? bfloats_to_floats(x) : halves_to_floats(x);
+}
 __device__ __forceinline__ float square(float x) { return x * x; }
 
 __device__ __forceinline__ void widen(const uint4& x, float* y) {
@@ -169,8 +176,8 @@ __device__ __forceinline__ float over_warp(float x) {
   return x;
 }
 
-// The sums over lanes of N values: of value i in the lanes [i * 32 / N, (i + 1) * 32 / N). Lanes that meet exchange half
-// of what they have.
+// The sums over lanes of N values: of value i in the lanes [i * 32 / N, (i + 1) * 32 / N). Lanes that meet exchange
+// half of what they have.
 template <int N, int OFFSET = 16>
 __device__ __forceinline__ float over_lanes(const float* values) {
   if constexpr (N == 1) {
