@@ -63,10 +63,11 @@ WITHOUT = {
     "out_first": {"OUT_FIRST": 1},
     "prefetch_4": {"PREFETCH": 4},
     "prefetch_10": {"PREFETCH": 10},
+    "out_first_prefetch_10": {"OUT_FIRST": 1, "PREFETCH": 10},
 }
 CHOICES: list[dict[str, int]] = [
     {"matrix_warps": 8}, {"matrix_warps": 11}, {"max_chunk": 10240}, {"max_chunk": 12288, "matrix_warps": 8},
-    {"splits": 2}, {"splits": 8}, {"max_slots": 6},
+    {"max_slots": 4}, {"max_slots": 6}, {"max_slots": 8}, {"splits": 2}, {"splits": 8},
 ]  # fmt: skip
 
 

@@ -4,8 +4,8 @@
 // - the producer copies the block's rows of all weights, in the order of their use, into a ring in shared memory. It
 //   waits for free slots only, so the memory is read also while the others wait for other blocks.
 // - matrix warps multiply rows with a vector that they hold in registers: columns are split over warps, and the parts
-//   of a row are added in one order. All blocks meet where a vector is complete: after the MLP's activation and after the
-//   layer (parallel residual), and twice more otherwise.
+//   of a row are added in one order. All blocks meet where a vector is complete: after the MLP's activation and after
+//   the layer (parallel residual), and twice more otherwise.
 // - attention warps take (head, part of the keys) tasks beside them. Who ends a head's last part adds the parts up.
 //
 // Nothing is added by atomics but counters, which only grow; the launch begins with zeros there.
