@@ -13,7 +13,7 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulated {
 
-constexpr unsigned AGENTS = 64;  // mbarriers of a CTA
+constexpr unsigned AGENTS = 128;  // mbarriers of a CTA
 constexpr uintptr_t CELL = 2, SHADOWED = 4096;
 
 struct Access {

@@ -128,6 +128,13 @@ static std::string deadlock() {
   return report;
 }
 
+// Of half of the seeds one CTA, of half of them one warp of each CTA is behind the others.
+static bool slow(const Warp& warp) {
+  unsigned warps = (machine.block + 31) / 32;
+  return (machine.seed & 4 && warp.cta == machine.seed / 16 % machine.grid) ||
+         (machine.seed & 8 && warp.index == machine.seed / 16 % warps);
+}
+
 static Warp* choose() {
   for (;;) {
     if (!machine.loads.empty() && (machine.ready.empty() || chance(machine.late))) {
@@ -143,6 +150,7 @@ static Warp* choose() {
       return nullptr;
     }
     size_t i = draw() % machine.ready.size();
+    for (int again = 0; again < 8 && slow(*machine.ready[i]); again++) i = draw() % machine.ready.size();
     Warp* warp = machine.ready[i];
     if (warp->runnable) return warp;
     warp->queued = false;
@@ -235,7 +243,7 @@ static void prepare(unsigned grid, unsigned block, unsigned shared_bytes, unsign
   machine.live = grid * block, machine.budget = 0, machine.switches = 0, machine.current = nullptr;
   machine.ready.clear(), machine.loads.clear(), machine.waiters.clear(), machine.failure.clear();
   machine.counters.clear(), machine.issued = 0;
-  machine.random = seed;
+  machine.random = machine.seed = seed;
   static const unsigned lateness[] = {2, 0, 32, 8};  // 0: only once nothing else can run
   machine.late = lateness[seed % 4];
   machine.fibers.assign(grid * block, {});
