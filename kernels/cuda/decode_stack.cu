@@ -94,21 +94,21 @@ __device__ void produce(const Arguments& a, unsigned char* slots, Rest& rest) {
   Walker walker(a), ahead(a);
   const void* source;
   unsigned bytes;
-  for (int i = 0; i < SLOTS + PREFETCH && PREFETCH > 0; ++i) {
-    if (!ahead.next(source, bytes)) break;
-    if (i >= SLOTS) bulk_prefetch(source, bytes);
-  }
   int slot = 0;
   unsigned parity = 1;
+  bool filled = false;  // the ring, for the first time
   while (walker.next(source, bytes)) {
     mbarrier_wait(&rest.empty[slot], parity);
     mbarrier_expect(&rest.full[slot], bytes);
     bulk_load(slots + slot * SLOT_BYTES, source, bytes, &rest.full[slot]);
-    if (PREFETCH > 0 && ahead.next(source, bytes)) bulk_prefetch(source, bytes);
-    if (++slot == SLOTS) {
-      slot = 0;
-      parity ^= 1;
+    if (PREFETCH > 0 && filled && ahead.next(source, bytes)) bulk_prefetch(source, bytes);
+    if (++slot < SLOTS) continue;
+    slot = 0;
+    parity ^= 1;
+    for (int i = 0; i < SLOTS + PREFETCH && PREFETCH > 0 && !filled; ++i) {
+      if (ahead.next(source, bytes) && i >= SLOTS) bulk_prefetch(source, bytes);
     }
+    filled = true;
   }
 }
 
