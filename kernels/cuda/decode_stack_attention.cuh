@@ -37,21 +37,50 @@ __device__ __forceinline__ Lanes lanes_of(const uint16_t* head, int chunk) {
   return found;
 }
 
-// The lanes turned by the step's angles and rounded.
-__device__ __forceinline__ void turned(const Lanes& found, int chunk, const Rest& rest, float* out) {
-  widen(found.own, out);
-  if (ROTARY == 0 || chunk * 8 >= ROTARY) return;
-  float other[8];
+__device__ __forceinline__ void widen(const Lanes& found, float* own, float* other) {
+  widen(found.own, own);
   widen(found.pairs, other);
 #pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    if (INTERLEAVED) other[e] = out[e ^ 1];
-    if (!INTERLEAVED && !PAIRS_TOGETHER) other[e] = widened(found.other[e]);
+  for (int e = 0; e < 8 && !INTERLEAVED && !PAIRS_TOGETHER && ROTARY > 0; ++e) other[e] = widened(found.other[e]);
+}
+
+// What the RMSNorm of a head multiplies it with, besides the weight; all lanes of a warp.
+__device__ __forceinline__ float rstd_of(const Lanes& found, const Arguments& a) {
+  if (!HEAD_NORM) return 1.0f;
+  float own[8], squares = 0.0f;
+  widen(found.own, own);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) squares = fmaf(own[e], own[e], squares);
+#pragma unroll
+  for (int offset = LANES / 2; offset > 0; offset /= 2) squares += shuffle_xor(squares, offset);
+  return rsqrtf(squares / HEAD_DIM + a.head_eps);
+}
+
+// The lanes normalised, turned by the step's angles, rounded.
+__device__ __forceinline__ void turned(const Lanes& found, const Lanes& norm, float rstd, int chunk,
+                                       const Arguments& a, const Rest& rest, float* out) {
+  float other[8];
+  widen(found, out, other);
+  if (HEAD_NORM) {
+    float weight[8], other_weight[8];
+    widen(norm, weight, other_weight);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      out[e] *= rstd * (weight[e] + a.head_weight_offset);
+      other[e] *= rstd * (other_weight[e] + a.head_weight_offset);
+    }
+  }
+  if (INTERLEAVED) {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) other[e] = out[e ^ 1];
   }
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     const int d = chunk * 8 + e;
-    if (d >= ROTARY) continue;
+    if (ROTARY == 0 || d >= ROTARY) {
+      if (HEAD_NORM) out[e] = widened(rounded(out[e]));
+      continue;
+    }
     const int pair = INTERLEAVED ? d / 2 : d % PAIRS, second = INTERLEAVED ? d % 2 : d / PAIRS;
     const float c = rest.table[second][pair], s = rest.table[2 + second][pair];
     out[e] = widened(rounded(second ? out[e] * c + other[e] * s : out[e] * c - other[e] * s));
@@ -149,20 +178,17 @@ class KeySlots {
 };
 
 // What the token of this step adds, after it was appended to the cache by the first of the heads that share its key.
-__device__ __forceinline__ void add_new(Softmax (&state)[QUERIES], const float (&query)[QUERIES][8], const Lanes& found,
-                                        const uint4& projected, const Part& part, int position, bool kept,
-                                        const Arguments& a, const Layer& layer, const Rest& rest) {
+__device__ __forceinline__ void add_new(Softmax (&state)[QUERIES], const float (&query)[QUERIES][8],
+                                        const float (&key)[8], const uint4& projected, const Part& part, int position, bool kept,
+                                        const Arguments& a, const Layer& layer) {
   const int chunk = static_cast<int>(lane()) % LANES;
-  float key[8] = {}, value[8] = {};
-  if (chunk < CHUNKS) {
-    turned(found, chunk, rest, key);
-    widen(projected, value);
-    if (part.head % GROUP == 0 && lane() < LANES) {
-      uint16_t* keys = layer.keys + part.kv * a.key_head + position * a.key_row + chunk * 8;
-      *reinterpret_cast<uint4*>(keys) = packed(key);
-      uint16_t* values = layer.values + part.kv * a.value_head + position * a.value_row + chunk * 8;
-      *reinterpret_cast<uint4*>(values) = projected;
-    }
+  float value[8];
+  widen(projected, value);
+  if (part.head % GROUP == 0 && lane() < CHUNKS) {
+    uint16_t* keys = layer.keys + part.kv * a.key_head + position * a.key_row + chunk * 8;
+    *reinterpret_cast<uint4*>(keys) = packed(key);
+    uint16_t* values = layer.values + part.kv * a.value_head + position * a.value_row + chunk * 8;
+    *reinterpret_cast<uint4*>(values) = projected;
   }
 #pragma unroll
   for (int r = 0; r < QUERIES; ++r) {
@@ -199,6 +225,11 @@ __device__ void attend(const Arguments& a, const unsigned char* key_slots, Rest&
     const int position = rest.positions[index];
     const bool within = live.first <= position && position < live.first + live.count;  // then it is not negative
     const bool kept_new = within && (!live.holes || load_stream(layer.mask + position * a.mask_step) != 0);
+    Lanes query_norm = {}, key_norm = {};
+    if (HEAD_NORM && chunk < CHUNKS) {
+      query_norm = lanes_of(layer.head_norm[0], chunk);
+      key_norm = lanes_of(layer.head_norm[1], chunk);
+    }
     bool waited = false;
 #pragma unroll 1
     for (int task = blockIdx.x; task < TASKS; task += CTAS) {
@@ -217,29 +248,33 @@ __device__ void attend(const Arguments& a, const unsigned char* key_slots, Rest&
       group_sync(ATTENTION_GROUP, ATTENTION_THREADS);  // and the task before has been written
       if (thread == 0) trace(a, index, AT_QUERY);
       const bool appends = part.split == 0 && own == 0 && position >= 0;
-      float query[QUERIES][8] = {};
-      Lanes key = {};
+      float query[QUERIES][8] = {}, key[8] = {};
+      Lanes found[QUERIES] = {}, found_key = {};
       uint4 value = {0, 0, 0, 0};
       if (chunk < CHUNKS) {
-        Lanes found[QUERIES];
 #pragma unroll
         for (int r = 0; r < QUERIES; ++r) found[r] = lanes_of(projected + Q_FIRST + (part.head + r) * Q_STEP, chunk);
         if (appends) {
-          key = lanes_of(projected + K_FIRST + part.kv * K_STEP, chunk);
+          found_key = lanes_of(projected + K_FIRST + part.kv * K_STEP, chunk);
           value = load_shared_by_others(
               reinterpret_cast<const uint4*>(projected + V_FIRST + part.kv * V_STEP + chunk * 8));
         }
+      }
 #pragma unroll
-        for (int r = 0; r < QUERIES; ++r) {
-          turned(found[r], chunk, rest, query[r]);
+      for (int r = 0; r < QUERIES; ++r) {
+        const float rstd = rstd_of(found[r], a);
+        if (chunk < CHUNKS) turned(found[r], query_norm, rstd, chunk, a, rest, query[r]);
 #pragma unroll
-          for (int e = 0; e < 8; ++e) query[r][e] *= a.scale;
-        }
+        for (int e = 0; e < 8; ++e) query[r][e] *= a.scale;
       }
       Softmax state[QUERIES];
 #pragma unroll
       for (int r = 0; r < QUERIES; ++r) state[r] = {minus_infinity(), 0.0f, {}};
-      if (appends) add_new(state, query, key, value, part, position, kept_new, a, layer, rest);
+      if (appends) {
+        const float rstd = rstd_of(found_key, a);
+        if (chunk < CHUNKS) turned(found_key, key_norm, rstd, chunk, a, rest, key);
+        add_new(state, query, key, value, part, position, kept_new, a, layer);
+      }
       if constexpr (KEYS_RING) {
         slots.add(state, query, cache, part, own, tile.kept);
       } else {

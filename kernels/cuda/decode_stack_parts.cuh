@@ -39,6 +39,7 @@ struct Layer {
   const uint16_t* out_bias;
   const uint16_t* down_weight;
   const uint16_t* down_bias;
+  const uint16_t* head_norm[2];  // of queries and keys
   uint16_t* keys;
   uint16_t* values;
   int64_t* length;
@@ -57,7 +58,7 @@ struct Arguments {
   const uint16_t* head_bias;
   unsigned char* workspace;
   int64_t key_head, key_row, value_head, value_row, mask_step;  // strides in elements
-  float eps, weight_offset, scale, unused;                      // scale: with log2(e)
+  float eps, weight_offset, scale, head_eps, head_weight_offset, unused;  // scale: with log2(e)
   Layer layers[LAYERS];
 };
 

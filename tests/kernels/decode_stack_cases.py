@@ -46,6 +46,7 @@ class Case(NamedTuple):
     max_chunk: int = 2048
     splits: int = 2
     slots: int = 3
+    head_norm: bool = False
     keys: int = 2048
     queries: int | None = None
     round_rows: int = 64
@@ -107,6 +108,8 @@ def stack(case: Case, seed: int = 0) -> Stack:
           if case.vocabulary else [None] * 4),
         case.parallel, case.norm, 1e-5, 0.0, case.activation, case.gated, h, case.kv_heads, d, layout, case.rotary,
         case.interleaved, lanes, lanes, d**-0.5,
+        *([[random(d, scale=0.3) + 1 for _ in range(n)] for _ in range(2)] if case.head_norm else ([], [])),
+        1e-3, 0.25,
     )  # fmt: skip
 
 

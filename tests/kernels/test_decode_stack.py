@@ -41,6 +41,10 @@ CASES = {
                                   table_dtype=torch.float32),
     "parallel_and_gated": Case(**LLAMA | {"parallel": True}),
     "llama": Case(**LLAMA, layers=3),
+    "norms_of_heads": Case(**LLAMA | {"head_dim": 24, "rotary": 20, "head_norm": True, "kv_heads": 1}),
+    "norms_of_turned_heads": Case(head_dim=40, heads=2, kv_heads=2, rotary=32, head_norm=True, dtype=torch.bfloat16),
+    "norms_of_heads_in_pairs": Case(head_norm=True, rotary=12, interleaved=True),
+    "norms_of_heads_alone": Case(head_norm=True, rotary=0),
     "without_a_ring_of_keys": Case(keys=0, mask="hole", live=39),
     "keys_of_many_slots": Case(head_dim=128, heads=2, kv_heads=2, size=200, live=190, mask="beyond", own_masks=True),
     "llama_long_rows_bfloat16": Case(**LLAMA | {
@@ -142,6 +146,9 @@ def plain(s: Any) -> Tensor:
         joined = torch.stack(turned, -1).flatten(1) if s.interleaved else torch.cat(turned, 1)
         return torch.cat((joined, x[:, s.rotary_dim :]), 1)
 
+    def of_head(x: Tensor, weights: list[Tensor], i: int) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weights[i] + s.qk_weight_offset, s.qk_eps) if weights else x
+
     x, count, ups = s.x[0, 0], len(s.in_weights) // s.layers, len(s.up_weights) // s.layers
     act = {"gelu": F.gelu, "silu": F.silu}[s.activation]
     for i in range(s.layers):
@@ -151,6 +158,7 @@ def plain(s: Any) -> Tensor:
             q, k, v = rows[0].view(s.heads, 3, s.head_dim).unbind(1)
         else:
             q, k, v = (r.view(-1, s.head_dim) for r in rows)
+        q, k = of_head(q, s.q_norm_weights, i), of_head(k, s.k_norm_weights, i)
         mask = s.masks[i if len(s.masks) > 1 else 0][0, 0]
         place = int(s.positions[0]) if s.lengths == [] else int(s.lengths[i])
         keys, values = s.key_caches[i][0].clone(), s.value_caches[i][0].clone()
@@ -235,6 +243,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "masks": ({"masks": [torch.ones(1, 1, 1, 39, dtype=torch.bool)]}, "masks"),
     "head": ({"head_weight": None}, "head_norm"),
     "rotary_dim": ({"rotary_dim": 7}, "rotary_dim"),
+    "q_norm_weights": ({"q_norm_weights": [torch.zeros(16)]}, "q_norm_weights"),
+    "k_norm_weights": ({"q_norm_weights": [torch.zeros(16)] * 2}, "k_norm_weights"),
+    "k_norm": ({"q_norm_weights": [torch.zeros(16)] * 2, "k_norm_weights": [torch.zeros(8)] * 2}, "k_norm_weight"),
 }
 
 
