@@ -93,11 +93,6 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, unsi
       : "memory");
 }
 
-// Asks for bytes to be brought to the L2; nothing waits for them.
-__device__ __forceinline__ void bulk_prefetch(const void* global, unsigned bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 // Reads what nobody writes during the launch. In program order with the waits around, so it can be asked for early.
 __device__ __forceinline__ uint4 load_stream(const uint4* p) {
   uint4 v;

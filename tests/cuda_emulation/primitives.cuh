@@ -68,10 +68,6 @@ static inline void group_sync(int id, int threads) { emulated_group_sync(id, thr
 static inline void group_arrive(int id, int threads) { emulated_group_sync(id, threads, false); }
 static inline unsigned grid_add(unsigned* counter) { return emulated_counter_add(counter, 1, true); }
 static inline bool mbarrier_done(uint64_t* barrier, unsigned parity) { return emulated_done(barrier, parity); }
-static inline void bulk_prefetch(const void* global, unsigned bytes) {
-  if (uint64_t(global) % 16 || bytes % 16) emulated_fail("a prefetch that is not of whole 16 bytes");
-  for (unsigned i = 0; i < bytes; i += 16) *(const volatile char*)((const char*)global + i);  // faults if not there
-}
 static inline void grid_arrive(unsigned* counter) { emulated_counter_add(counter, 1, false); }
 
 template <typename T>
