@@ -106,12 +106,19 @@ def define_opaque_op(
         if any_tangent(tensors):
             raise NotImplementedError(f"{short} has no forward-mode gradient")
         if written:
-            increment_version([x for x in map(args.__getitem__, written) if x is not None and not x.is_inference()])
+            increment_version([x for i in written for x in _tensors(args[i]) if not x.is_inference()])
         with below_autograd():  # nothing between here and `fn` for plain tensors: torch need not look for it again
             return fn(*args) if is_plain(tensors) else op(*args)
 
     torch.library.impl(name, "Autograd")(without_gradients)
     return op
+
+
+def _tensors(argument: Any) -> Sequence[Tensor]:
+    """Those of an argument that is a tensor, None or a list."""
+    if isinstance(argument, Tensor):
+        return (argument,)
+    return [x for x in argument or () if x is not None]
 
 
 class Launch:

@@ -1,0 +1,212 @@
+"""The emulator of CUDA kernels finds what it is there to find, and computes what a GPU would."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_emulation import EmulatedKernel, EmulationError, guarded, unavailable
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+# One producer warp and two consumer warps of each CTA sum their rows of `data`, of CHUNK floats, through a ring of two
+# slots; then every CTA adds up what all have written.
+RING = r"""
+#include "primitives.cuh"
+constexpr int SLOTS = 2, CHUNK = 64, CONSUMERS = 2;
+extern "C" __global__ void __launch_bounds__(96)
+ring(const float* data, int rows, float* partial, unsigned* counter, float* out) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  float* slots = reinterpret_cast<float*>(shared);
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + SLOTS * CHUNK * 4);
+  uint64_t* empty = full + SLOTS;
+  float* sums = reinterpret_cast<float*>(empty + SLOTS);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < SLOTS; i++) {
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, CONSUMERS);
+    }
+    mbarrier_fence_init();
+  }
+  __syncthreads();
+  if (warp() == CONSUMERS) {
+    if (lane() == 0)
+      for (int row = 0; row < rows; row++) {
+        int slot = row % SLOTS;
+        mbarrier_wait(empty + slot, (row / SLOTS & 1) ^ 1);
+        mbarrier_expect(full + slot, CHUNK * 4);
+        bulk_load(slots + slot * CHUNK, data + (size_t(blockIdx.x) * rows + row) * CHUNK, CHUNK * 4, full + slot);
+      }
+    return;
+  }
+  float sum = 0.0f;
+  for (int row = 0; row < rows; row++) {
+    int slot = row % SLOTS;
+#ifndef NO_WAIT
+    mbarrier_wait(full + slot, row / SLOTS & 1);
+#endif
+    sum += slots[slot * CHUNK + warp() * 32 + lane()];
+#ifndef NO_SYNCWARP
+    __syncwarp();
+#endif
+    if (lane() == 0 NO_RELEASE) mbarrier_arrive(empty + slot);
+  }
+  for (int other = 16; other; other >>= 1) sum += shuffle_xor(sum, other);
+  if (lane() == 0) sums[warp()] = sum;
+#ifndef NO_GROUP
+  group_sync(1, CONSUMERS * 32);
+#endif
+  if (threadIdx.x == 0) {
+    partial[blockIdx.x] = sums[0] + sums[1];
+    grid_arrive(counter);
+    grid_wait(counter, gridDim.x MORE);
+    float total = 0.0f;
+    for (int i = 0; i < int(gridDim.x); i++) total += load_shared_by_others(partial + i);
+    out[blockIdx.x] = total;
+  }
+}
+"""
+CTAS, ROWS, SHARED = 3, 7, 2 * 64 * 4 + 4 * 8 + 8
+
+
+def ring(seed: int = 0, races: bool = False, **defines: object) -> tuple[torch.Tensor, float]:
+    kernel = EmulatedKernel(RING, "ring", {"NO_RELEASE": "", "MORE": "", **defines}, races)
+    data = torch.arange(CTAS * ROWS * 64, dtype=torch.float32) % 17
+    out = guarded(torch.full((CTAS,), -1.0))
+    kernel(CTAS, 96, SHARED, [guarded(data), ROWS, torch.empty(CTAS), torch.zeros(1, dtype=torch.int32), out], seed)
+    return out, float(data.sum())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_ring_and_a_grid_barrier_give_the_sum(seed: int) -> None:
+    out, expected = ring(seed)
+    assert out.tolist() == [expected] * CTAS
+
+
+def test_a_slot_that_is_never_freed_is_a_deadlock() -> None:
+    with pytest.raises(EmulationError, match=r"deadlock.*\n.*threads wait for mbarrier of parity") as raised:
+        ring(NO_RELEASE="&& row != 3")
+    assert "0:64-64" in str(raised.value)  # the producer of the first CTA
+
+
+def test_a_counter_that_never_reaches_its_goal_is_a_deadlock() -> None:
+    with pytest.raises(EmulationError, match="3 threads wait for a counter in global memory"):
+        ring(MORE="+ 1")
+
+
+def test_a_missing_wait_reads_what_has_not_arrived() -> None:
+    wrong = 0
+    for seed in range(8):
+        try:
+            out, expected = ring(seed, NO_WAIT=1)
+            wrong += out.tolist() != [expected] * CTAS
+        except EmulationError:
+            wrong += 1
+    assert wrong >= 4
+
+
+def test_an_order_of_all_accesses_is_found_whatever_ran_first() -> None:
+    for seed in range(4):
+        assert ring(seed, races=True)[0].tolist() == [ring()[1]] * CTAS
+
+
+@pytest.mark.parametrize(
+    ("defines", "one", "other"),
+    [
+        ({"NO_WAIT": 1}, "bulk load", "read by CTA ."),
+        ({"MORE": "- 1"}, "written by CTA .", "read by CTA ."),
+        ({"NO_SYNCWARP": 1}, "written by a bulk load", "read by CTA ."),
+        ({"NO_GROUP": 1}, "written by CTA ., warp 1", "read by CTA ., warp 0"),
+    ],
+)
+def test_a_race_is_found_under_every_seed(defines: dict[str, object], one: str, other: str) -> None:
+    for seed in range(4):
+        with pytest.raises(EmulationError, match=rf"race at(.|\n)*({one}(.|\n)*{other}|{other}(.|\n)*{one})"):
+            ring(seed, races=True, **defines)
+
+
+SET_UP = "uint64_t* b = (uint64_t*)shared; if (threadIdx.x == 0) mbarrier_init(b, 1); __syncthreads();"
+BROKEN = [
+    ("shared[threadIdx.x] = 1.0f;", "behind the end.* byte 64 of 64"),
+    ("shared[threadIdx.x + 1] += 1.0f;", "not the kernel's: shared memory of CTA ., byte 128 of 64"),
+    ("a[threadIdx.x + 1] = 0.0f;", "memory that is not the kernel's"),
+    ("if (lane() < 16) __syncwarp();", "deadlock|have ended"),
+    ("if (lane() < 16) __syncwarp(); else shuffle_xor(1.0f, 1);", "different operations"),
+    ("if (threadIdx.x) group_sync(3, 32);", "62 threads wait for named barrier 3; CTA:threads 0:1-31 1:1-31"),
+    ("if (threadIdx.x == 0) mbarrier_arrive((uint64_t*)shared);", "not initialised"),
+    (SET_UP + "if (threadIdx.x == 0) { mbarrier_expect(b, 16); mbarrier_arrive(b); }", "more arrivals"),
+    (SET_UP + "shared[0] = 1.0f; __syncthreads(); mbarrier_wait(b, 0);", "overwritten"),
+    (SET_UP + "if (threadIdx.x == 0) bulk_load(shared + 4, a + 1, 16, b);", "bulk load of 16 bytes.* 4 bytes behind"),
+    (SET_UP + "if (threadIdx.x == 0) bulk_load(shared + 12, a, 32, b);", "bulk load outside"),
+    (
+        SET_UP + "if (threadIdx.x == 0) { mbarrier_expect(b, 16); bulk_load(shared + 4, a, 16, b); }",
+        "bulk loads under way",
+    ),
+    ("if (threadIdx.x == 7) __trap();", "warp 0, lane 7: __trap"),
+    ("a[threadIdx.x] = shared[threadIdx.x % 16];", None),
+]
+
+
+def small(which: int, a: torch.Tensor) -> None:
+    """The `which`th of BROKEN; all in one kernel, for compiling takes longer than running."""
+    bodies = "\n".join(f"if (which == {i}) {{ {body} }}" for i, (body, _) in enumerate(BROKEN))
+    source = f"""#include "primitives.cuh"
+    extern "C" __global__ void small(float* a, int which) {{ extern __shared__ float shared[]; {bodies} }}"""
+    EmulatedKernel(source, "small")(2, 32, 64, [a, which], seed=1)
+
+
+@pytest.mark.parametrize("which", range(len(BROKEN) - 1), ids=lambda which: BROKEN[which][1])
+def test_broken_rules_are_named(which: int) -> None:
+    with pytest.raises(EmulationError, match=BROKEN[which][1]):
+        small(which, guarded(torch.zeros(32)))
+
+
+def test_shared_memory_starts_as_nan() -> None:
+    out = torch.zeros(32)
+    small(len(BROKEN) - 1, out)
+    assert out.isnan().all()
+
+
+def test_sixteen_bit_floats_round_as_torch() -> None:
+    source = """#include "primitives.cuh"
+    extern "C" __global__ void convert(const float* x, int n, uint16_t* half, uint16_t* bfloat,
+                                       float* back, float* bback) {
+      for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        half[i] = float_to_half(x[i]); bfloat[i] = float_to_bfloat(x[i]);
+        back[i] = half_to_float(half[i]); bback[i] = bfloat_to_float(bfloat[i]);
+      }
+    }"""
+    torch.manual_seed(0)
+    edges = torch.tensor(
+        [
+            0.0,
+            -0.0,
+            65504,
+            65519.9,
+            65520,
+            1e9,
+            -1e9,
+            2.0**-24,
+            2.0**-25,
+            1.5 * 2.0**-25,
+            6.1e-5,
+            1 + 2.0**-11,
+            1 + 3 * 2.0**-11,
+        ]
+    )
+    x = torch.cat(
+        [
+            edges,
+            torch.randn(4000),
+            torch.randn(4000) * 2.0**-16,
+            torch.tensor([float("inf"), -float("inf"), float("nan")]),
+        ]
+    )
+    half, bfloat, back, bback = x.half().zero_(), x.bfloat16().zero_(), x.clone(), x.clone()
+    EmulatedKernel(source, "convert")(1, 64, 0, [x, len(x), half, bfloat, back, bback])
+    for mine, theirs in (
+        (half, x.half()),
+        (bfloat, x.bfloat16()),
+        (back, x.half().float()),
+        (bback, x.bfloat16().float()),
+    ):
+        assert torch.equal(mine.nan_to_num(nan=7.0), theirs.nan_to_num(nan=7.0))
