@@ -4,6 +4,8 @@
     bench_dequant_linear.py --shapes 2 --formats int8,int4_g128_zero --out results.jsonl  # 140 s
     bench_dequant_linear.py --out results.jsonl                                # all formats and shapes, 500 s
     bench_dequant_linear.py --sweep --shapes 2 --formats int8,int4_g128_zero --out sweep.jsonl  # configurations, 150 s
+    bench_dequant_linear.py --shapes 2 --formats int8,int4_g128_zero --rows 1,8 --variants rows,ring,ring_early  # 25 s
+    bench_dequant_linear.py --sweep-ring --shapes 2 --formats int4_g128_zero,int8 --rows 1,8 --out ring.jsonl  # 50 s
     bench_dequant_linear.py --dry                                              # tiny, on a CPU; also with --sweep
 
 Most of the time is for compiling.
@@ -16,6 +18,7 @@ come first, and each is written at once.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -28,6 +31,7 @@ from common import Log, captured, interleaved_ms
 from torch import Tensor
 
 from torch_fuse.kernels import _dequant_decode as decoding
+from torch_fuse.kernels import _dequant_ring as ring
 from torch_fuse.kernels import _dequant_rows as few
 from torch_fuse.kernels import _dequant_tiled as tiled
 from torch_fuse.kernels.packed_weight import Format, decode, weight_shape
@@ -115,14 +119,44 @@ def measure(log: Log, what: str, variants: dict[str, Callable[[int], Any]], exac
     return us
 
 
-def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, device: str) -> None:
+def ring_variants(x: Tensor, weights: list[Parts], form: Format, sweep: bool) -> dict[str, Callable[[int], Any]]:
+    """Calls of the persistent kernel: as it is, begun early, and with other divisions of the work."""
+    found: dict[str, Callable[[int], Any]] = {}
+    for name, choices in (RING if sweep else dict(list(RING.items())[:2])).items():
+        found[name] = lambda i, choices=choices: ring.ring_linear(x, *weights[i], None, form, **choices)
+    return found
+
+
+RING: dict[str, dict[str, Any]] = {
+    "ring": {}, "ring_early": {"early": True}, "ring_w8": {"warps": 8}, "ring_w10": {"warps": 10},
+    "ring_w14": {"warps": 14}, "ring_s2": {"segments": 2}, "ring_s4": {"segments": 4}, "ring_3slots": {"slots": 3},
+    "ring_4slots": {"slots": 4}, "ring_early_s2": {"early": True, "segments": 2},
+}  # fmt: skip
+
+
+def sweep_ring(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, device: str) -> None:
+    form = formats(k)[name]
+    count = 2 if dry else max(3, int(0.5e9 // (n * k * form.bits // 8)))
+    weights = [weight(name, form, n, k, device) for _ in range(count)]
+    exact_weight = decode(*weights[0], form._replace(compute="float32"), torch.float64)
+    for m in rows:
+        x = torch.randn(m, k, device=device).half()
+        if reason := ring.supports(x, *weights[0], None, form):
+            log.write(what="not supported", name="ring", reason=reason)
+            continue
+        measure(log, "sweep_ring", ring_variants(x, weights, form, True), x.double() @ exact_weight.t(), count, dry,
+                N=n, K=k, M=m, format=name)  # fmt: skip
+
+
+def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, device: str,
+            wanted: list[str]) -> None:  # fmt: skip
     form = formats(k)[name]
     count = 2 if dry else max(3, int(0.5e9 // (n * k * form.bits // 8)))
     weights = [weight(name, form, n, k, device) for _ in range(count)]
     dense = [torch.randn(n, k, device=device).half() for _ in range(2 if dry else max(3, int(0.5e9 // (2 * n * k))))]
     exact_weight = decode(*weights[0], form._replace(compute="float32"), torch.float64)
     packed: list[Tensor] = []
-    if name == "int4_g128" and not dry:
+    if name == "int4_g128" and not dry and (not wanted or "tinygemm" in wanted):
         failing(log, "pack tinygemm", lambda: packed.extend(
             torch.ops.aten._convert_weight_to_int4pack(parts[0], 8) for parts in weights))  # fmt: skip
         pairs = torch.rand(k // 128, n, 2, device=device).bfloat16()
@@ -136,6 +170,11 @@ def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, dev
         }
         if few.supports(x, *weights[0], form) is None:
             variants["rows"] = lambda i, x=x: few.rows_linear(x, *weights[i], None, form)
+        if m <= ring.MAX_ROWS:
+            if reason := ring.supports(x, *weights[0], None, form):
+                log.write(what="not supported", name="ring", reason=reason, N=n, K=k, M=m, format=name)
+            else:
+                variants |= ring_variants(x, weights, form, False)
         if tiled.supports(x, *weights[0], form) is None and m >= 16:
             variants["tiled"] = lambda i, x=x: tiled.tiled_linear(x, *weights[i], None, form)
         if decoding.supports(x, *weights[0], form) is None and m >= 16:
@@ -143,6 +182,8 @@ def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, dev
         if packed and m <= 64:
             bf16 = x.bfloat16()
             variants["tinygemm"] = lambda i, x=bf16: torch.ops.aten._weight_int4pack_mm(x, packed[i], 128, pairs)
+        if wanted:
+            variants = {key: call for key, call in variants.items() if key in wanted}
         measure(log, "dequant_linear", variants, x.double() @ exact_weight.t(), count, dry, N=n, K=k, M=m, format=name,
                 floor_us=round((n * k * form.bits / 8 + 2 * m * (n + k)) / 4.8e6, 2))  # fmt: skip
 
@@ -203,6 +244,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--sweep-ring", action="store_true", help="divisions of the persistent kernel's work")
+    parser.add_argument("--variants", default="", help="only these, by name")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--shapes", type=int, default=4, help="how many of the shapes")
     parser.add_argument("--formats", default="int8,int4_g128_zero,fp8,nf4,int4_g128")
@@ -219,7 +262,8 @@ def main() -> None:
         if options.sweep
         else ROWS
     )
-    each = sweep if options.sweep else compare
+    wanted = options.variants.split(",") if options.variants else []
+    each = sweep if options.sweep else sweep_ring if options.sweep_ring else functools.partial(compare, wanted=wanted)
     for (n, k), name in itertools.product(shapes, options.formats.split(",")):
         assert weight_shape(weight(name, formats(256)[name], 16, 256, device)[0], formats(256)[name]) == (16, 256)
         failing(log, "row", lambda n=n, k=k, name=name: each(log, n, k, name, rows[:2] if options.dry else rows,

@@ -1,5 +1,5 @@
-"""Which kernels `dequant_linear` runs: a few rows go to `_dequant_rows`, some to `_dequant_tiled`; for more the weight
-is written out.
+"""Which kernels `dequant_linear` runs: a few rows go to `_dequant_ring` or `_dequant_rows`, some to `_dequant_tiled`;
+for more the weight is written out.
 
 The product's library reads a weight that was just written from L2 in part, so writing it out costs less than it reads.
 """
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dequant_decode as written
+from . import _dequant_ring as ring
 from . import _dequant_rows as few
 from . import _dequant_tiled as tiled
 from .packed_weight import COMPUTE, Format, weight_shape
@@ -17,6 +18,8 @@ from .packed_weight import COMPUTE, Format, weight_shape
 # Rows of x up to which each way of reading the codes in the product is the faster one, for 8 and 4 bits: all of a row's
 # warps by themselves, and tiles (benchmarks/results/dequant_linear.jsonl; 8 and 64 rows, 256 and 512).
 CROSSOVER = {8: (16, 512), 4: (16, 256)}
+# Rows of x up to which the persistent kernel is taken where it can be: none, as long as it is not measured.
+RING_ROWS = 0
 # Rows of x up to which the op is measured to beat Inductor on sm_90.
 MEASURED_ROWS = 512
 
@@ -57,6 +60,8 @@ def run(
     """`dequant_linear` of inputs that `supports` takes, contiguous."""
     rows = x.numel() // max(x.shape[-1], 1)
     up_to = CROSSOVER[form.bits]
+    if 0 < rows <= RING_ROWS and ring.supports(x, codes, scale, zero, lut, bias, form) is None:
+        return ring.ring_linear(x, codes, scale, zero, lut, bias, form)
     if 0 < rows <= up_to[0] and few.supports(x, codes, scale, zero, lut, form) is None:
         return few.rows_linear(x, codes, scale, zero, lut, bias, form)
     if 0 < rows <= up_to[1] and tiled.supports(x, codes, scale, zero, lut, form) is None:

@@ -1,0 +1,420 @@
+// 1 to 8 * COLUMN_TILES rows of x times a weight of 4-bit or 8-bit codes; see kernels/_dequant_ring.py for what it takes.
+//
+//   out[m, n] = act(sum over groups of scale[n, group] * (x[m] . raw[n] - (CENTRE + zero[n, group]) * sum of x[m]) + bias[n])
+//
+// raw: the code as it comes out of its bits, CENTRE away from the number that it stands for.
+//
+// A block a multiprocessor takes tiles of 16 rows of the weight, of three kinds of warps:
+// - the producer copies a tile's codes, scales and zero points into a ring in shared memory. It waits for free slots only.
+// - WARPS warps share the columns, always the same ones: so each holds its part of x in registers, in the order in which
+//   codes come out, and nothing is permuted in the loop.
+// - one warp adds up the parts of a tile, always in the same order, and writes it.
+#include "primitives.cuh"
+
+constexpr int TILE = 16, PIECE = 64;                 // rows of the weight; bytes of each that a warp takes at once
+constexpr int COLUMNS = PIECE * 8 / BITS;            // of a piece
+constexpr int PIECES = K / COLUMNS, CHUNKS = COLUMNS / 32;  // a lane has CHUNKS times 8 columns side by side
+constexpr int SEGMENT = (PIECES + SEGMENTS - 1) / SEGMENTS;  // pieces of a slot
+constexpr int OWN = (SEGMENT + WARPS - 1) / WARPS, PARTS = SEGMENTS * OWN;
+constexpr int GROUPS = K / GROUP, FLUSHES = GROUPS == 1 ? 1 : PARTS;
+constexpr int BUFFERS = 2, WIDTH = 8 * COLUMN_TILES;
+constexpr int THREADS = (WARPS + 2) * 32;
+static_assert(K % COLUMNS == 0 && K % GROUP == 0 && GROUP % COLUMNS == 0, "a piece has one group");
+static_assert((SEGMENTS - 1) * SEGMENT < PIECES, "no segment is empty");
+
+enum Type { NONE, HALF, BFLOAT16, FLOAT, INT8, UINT8, INT32 };
+__device__ constexpr int size_of(int type) { return type == NONE ? 0 : type == FLOAT || type == INT32 ? 4 : type >= INT8 ? 1 : 2; }
+constexpr int SCALE_BYTES = TILE * GROUPS * size_of(SCALE_TYPE), ZERO_BYTES = TILE * GROUPS * size_of(ZERO_TYPE);
+constexpr int CODES_AT = (SCALE_BYTES + ZERO_BYTES + 127) / 128 * 128;
+constexpr int ROW_BYTES = PIECES * PIECE, SEGMENT_BYTES = SEGMENT * PIECE;
+constexpr int STRIDE = SEGMENT_BYTES + (SEGMENT_BYTES % 128 == 0 ? 64 : 0);  // two rows' pieces meet in no bank
+static_assert(CODES_AT + TILE * STRIDE <= SLOT_BYTES && SLOT_BYTES % 128 == 0, "a tile fits a slot");
+
+// fp16 takes a code as the lowest bits of a number near 0, code * 2^-24, which is exact; the upper halves of bytes are 16
+// times that. bf16, whose numbers near 0 are too small for products, takes 128 + code.
+constexpr bool SMALL = !BFLOAT;
+constexpr float UNIT = SMALL ? 0x1p-24f : 1.0f, UPPER = SMALL && BITS == 4 ? 0x1p-4f : 1.0f;
+constexpr int MIDDLE = BITS == 4 ? 8 : 128;
+constexpr int RAW_MIDDLE = BITS == 8 && BFLOAT ? (SIGNED ? 0 : -MIDDLE) : (SIGNED ? MIDDLE : 0) + (BFLOAT ? 128 : 0);
+constexpr float CENTRE = RAW_MIDDLE + OFFSET;
+constexpr bool CORRECTED = RAW_MIDDLE + OFFSET != 0 || ZERO_TYPE != NONE;
+
+struct Arguments {
+  const uint16_t* x;            // [m, K]
+  const unsigned char* codes;   // [n, ROW_BYTES]
+  const unsigned char* scale;   // [n, GROUPS]
+  const unsigned char* zero;    // [n, GROUPS] or null
+  const uint16_t* bias;         // [n] or null
+  uint16_t* out;                // [m, n]
+  int m, n;
+};
+
+// The shared memory behind the ring.
+struct Rest {
+  float partial[BUFFERS][WARPS][TILE * WIDTH];
+  uint64_t full[SLOTS], empty[SLOTS], done[BUFFERS], free[BUFFERS];
+};
+static_assert(sizeof(Rest) <= REST_BYTES, "what the host asks for is enough");
+
+__device__ __forceinline__ float widened(uint16_t x) { return BFLOAT ? bfloat_to_float(x) : half_to_float(x); }
+__device__ __forceinline__ uint16_t rounded(float x) { return BFLOAT ? float_to_bfloat(x) : float_to_half(x); }
+__device__ __forceinline__ float2 widened_two(uint32_t x) { return BFLOAT ? bfloats_to_floats(x) : halves_to_floats(x); }
+
+__device__ __forceinline__ int tiles_of(const Arguments& a) { return (a.n + TILE - 1) / TILE; }
+// The last tile begins earlier, so that none is smaller.
+__device__ __forceinline__ int first_row(const Arguments& a, int tile) { return min(tile * TILE, a.n - TILE); }
+
+// Places in a ring of COUNT, and the parity of their present phase.
+template <int COUNT>
+struct Place {
+  int at = 0;
+  unsigned parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++at == COUNT) {
+      at = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// ---- Producer
+
+__device__ void produce(const Arguments& a, unsigned char* slots, Rest& rest) {
+  Place<SLOTS> slot;
+  const int row = static_cast<int>(lane()), tiles = tiles_of(a);
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int first = first_row(a, tile);
+    for (int segment = 0; segment < SEGMENTS; ++segment) {
+      unsigned char* to = slots + slot.at * SLOT_BYTES;
+      uint64_t* full = &rest.full[slot.at];
+      const int bytes = min(SEGMENT_BYTES, ROW_BYTES - segment * SEGMENT_BYTES);
+      const bool scales = segment == 0;
+      mbarrier_wait(&rest.empty[slot.at], slot.parity ^ 1);
+      if (row == 0) mbarrier_expect(full, TILE * bytes + (scales ? SCALE_BYTES + ZERO_BYTES : 0));
+      __syncwarp();
+      if (row < TILE) {
+        const unsigned char* from = a.codes + static_cast<int64_t>(first + row) * ROW_BYTES + segment * SEGMENT_BYTES;
+        bulk_load(to + CODES_AT + row * STRIDE, from, bytes, full);
+      } else if (row == TILE && scales) {
+        bulk_load(to, a.scale + static_cast<int64_t>(first) * (SCALE_BYTES / TILE), SCALE_BYTES, full);
+      } else if (row == TILE + 1 && scales && ZERO_BYTES > 0) {
+        bulk_load(to + SCALE_BYTES, a.zero + static_cast<int64_t>(first) * (ZERO_BYTES / TILE), ZERO_BYTES, full);
+      }
+      slot.next();
+    }
+  }
+}
+
+// ---- Products
+
+// Element `at` of an array of a Type, rounded to the type that the weight's source computes in.
+template <int TYPE>
+__device__ __forceinline__ float value(const unsigned char* array, int at) {
+  float found;
+  if constexpr (TYPE == HALF) found = half_to_float(reinterpret_cast<const uint16_t*>(array)[at]);
+  if constexpr (TYPE == BFLOAT16) found = bfloat_to_float(reinterpret_cast<const uint16_t*>(array)[at]);
+  if constexpr (TYPE == FLOAT) found = reinterpret_cast<const float*>(array)[at];
+  if constexpr (TYPE == INT8) found = static_cast<float>(reinterpret_cast<const signed char*>(array)[at]);
+  if constexpr (TYPE == UINT8) found = static_cast<float>(array[at]);
+  if constexpr (TYPE == INT32) found = static_cast<float>(reinterpret_cast<const int*>(array)[at]);
+  if constexpr (COMPUTE == HALF && TYPE != HALF) found = half_to_float(float_to_half(found));
+  if constexpr (COMPUTE == BFLOAT16 && TYPE != BFLOAT16) found = bfloat_to_float(float_to_bfloat(found));
+  return found;
+}
+
+// The codes of 4 bytes in rows g and g + 8 as operands, and their products with the columns that x holds in that order.
+template <int AT>
+__device__ __forceinline__ void codes_at(const uint32_t (&words)[2], uint32_t (&operand)[4]) {
+  constexpr int SHIFT = BITS == 8 || SMALL ? 8 : 4 * AT;  // of the second pair
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t w = words[i];
+    if constexpr (BITS == 4 && SMALL) {  // AT: the lower or the upper halves
+      constexpr uint32_t MASK = AT ? 0x00f000f0 : 0x000f000f, FLIP = SIGNED ? (AT ? 0x00800080 : 0x00080008) : 0;
+      operand[i] = (w & MASK) ^ FLIP;
+      operand[2 + i] = ((w >> SHIFT) & MASK) ^ FLIP;
+    } else if constexpr (BITS == 4) {
+      constexpr uint32_t MAGIC = SIGNED ? 0x43084308 : 0x43004300;
+      operand[i] = ((w >> (4 * AT)) & 0x000f000f) ^ MAGIC;
+      operand[2 + i] = ((w >> (8 + 4 * AT)) & 0x000f000f) ^ MAGIC;
+    } else if constexpr (SMALL) {
+      constexpr uint32_t FLIP = SIGNED ? 0x00800080 : 0;
+      operand[i] = (w & 0x00ff00ff) ^ FLIP;
+      operand[2 + i] = ((w >> 8) & 0x00ff00ff) ^ FLIP;
+    } else {  // 128 + the lower seven bits, less 128 or 256
+      constexpr uint32_t LESS = SIGNED ? 0x43004300 : 0x43804380;
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const uint32_t v = w >> (8 * pair);
+        operand[2 * pair + i] = subtract_bfloats((v & 0x007f007f) ^ 0x43004300, (v & 0x00800080) ^ LESS);
+      }
+    }
+  }
+}
+
+class Consumer {
+ public:
+  __device__ Consumer(const Arguments& a, unsigned char* slots, Rest& rest) : a_(a), slots_(slots), rest_(rest) {}
+
+  __device__ void run() {
+    if (EARLY) wait_for_earlier_launch();
+    load_x();
+    if (EARLY) allow_next_launch();
+    const int tiles = tiles_of(a_);
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) one_tile();
+  }
+
+ private:
+  struct Sums {
+    float lower[COLUMN_TILES][4], upper[COLUMN_TILES][4];
+  };
+
+  static __device__ __forceinline__ int row() { return static_cast<int>(lane()) / 4; }
+  static __device__ __forceinline__ int quarter() { return static_cast<int>(lane()) % 4; }
+  // This warp's piece `own` of a segment, among the segment's.
+  static __device__ __forceinline__ int piece(int own) { return static_cast<int>(warp()) * OWN + own; }
+  static __device__ __forceinline__ bool there(int segment, int own) {
+    constexpr bool ALL = SEGMENT * SEGMENTS == PIECES && OWN * WARPS == SEGMENT;
+    return ALL || (piece(own) < SEGMENT && segment * SEGMENT + piece(own) < PIECES);
+  }
+
+  __device__ void load_x() {
+#pragma unroll
+    for (int i = 0; i < FLUSHES; ++i) {
+#pragma unroll
+      for (int tile = 0; tile < COLUMN_TILES; ++tile) sums_[i][tile][0] = sums_[i][tile][1] = 0.0f;
+    }
+    float sums[FLUSHES][COLUMN_TILES] = {};
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      const int segment = part / OWN, own = part % OWN;
+      const int column = (segment * SEGMENT + piece(own)) * COLUMNS + quarter() * (COLUMNS / 4);
+#pragma unroll
+      for (int tile = 0; tile < COLUMN_TILES; ++tile) {
+        const int m = tile * 8 + row();
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+          uint4 found = {0, 0, 0, 0};
+          if (m < a_.m && there(segment, own)) {
+            found = load_shared_by_others(
+                reinterpret_cast<const uint4*>(a_.x + static_cast<int64_t>(m) * K + column + chunk * 8));
+          }
+          arrange(found, x_[part][chunk][tile]);
+          if (CORRECTED) sums[GROUPS == 1 ? 0 : part][tile] += sum(found);
+        }
+      }
+    }
+    if (!CORRECTED) return;
+#pragma unroll
+    for (int i = 0; i < FLUSHES; ++i) {
+#pragma unroll
+      for (int tile = 0; tile < COLUMN_TILES; ++tile) {
+        float all = sums[i][tile];  // of row m = lane / 4; its products are in other lanes
+        all += shuffle_xor(all, 1);
+        all += shuffle_xor(all, 2);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          sums_[i][tile][e] = UNIT * __shfl_sync(0xffffffffu, all, (quarter() * 2 + e) * 4);
+        }
+      }
+    }
+  }
+
+  // 8 columns in the order in which their codes come out.
+  static __device__ __forceinline__ void arrange(const uint4& v, uint32_t (&to)[4]) {
+    constexpr uint32_t LOWER = 0x5410, UPPER_HALVES = 0x7632;
+    if constexpr (BITS == 8) {
+      to[0] = __byte_perm(v.x, v.y, LOWER), to[1] = __byte_perm(v.x, v.y, UPPER_HALVES);
+      to[2] = __byte_perm(v.z, v.w, LOWER), to[3] = __byte_perm(v.z, v.w, UPPER_HALVES);
+    } else {
+      constexpr uint32_t FIRST = HIGH_FIRST ? UPPER_HALVES : LOWER, SECOND = HIGH_FIRST ? LOWER : UPPER_HALVES;
+      to[0] = __byte_perm(v.x, v.z, FIRST), to[1] = __byte_perm(v.y, v.w, FIRST);
+      to[2] = __byte_perm(v.x, v.z, SECOND), to[3] = __byte_perm(v.y, v.w, SECOND);
+    }
+  }
+
+  static __device__ __forceinline__ float sum(const uint4& v) {
+    const float2 a = widened_two(v.x), b = widened_two(v.y), c = widened_two(v.z), d = widened_two(v.w);
+    return ((a.x + a.y) + (b.x + b.y)) + ((c.x + c.y) + (d.x + d.y));
+  }
+
+  __device__ __forceinline__ void one_tile() {
+    float total[COLUMN_TILES][4] = {}, scale[FLUSHES][2], zero[FLUSHES][2];
+    Sums sums = {};
+#pragma unroll
+    for (int segment = 0; segment < SEGMENTS; ++segment) {
+      const unsigned char* slot = slots_ + slot_.at * SLOT_BYTES;
+      mbarrier_wait(&rest_.full[slot_.at], slot_.parity);
+      if (segment == 0) read_scales(slot, scale, zero);
+      uint4 codes[OWN][2];
+#pragma unroll
+      for (int own = 0; own < OWN; ++own) {
+        if (!there(segment, own)) continue;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          codes[own][i] = *reinterpret_cast<const uint4*>(slot + CODES_AT + (row() + 8 * i) * STRIDE +
+                                                          piece(own) * PIECE + quarter() * 16);
+        }
+      }
+      __syncwarp();
+      if (lane() == 0) mbarrier_arrive(&rest_.empty[slot_.at]);
+      slot_.next();
+#pragma unroll
+      for (int own = 0; own < OWN; ++own) {
+        if (!there(segment, own)) continue;
+        const int part = segment * OWN + own;
+        multiply(codes[own], x_[part], sums);
+        if (GROUPS > 1) flush(sums, sums_[part], scale[part], zero[part], total);
+      }
+    }
+    if (GROUPS == 1) flush(sums, sums_[0], scale[0], zero[0], total);
+    hand_over(total);
+  }
+
+  __device__ __forceinline__ void read_scales(const unsigned char* slot, float (&scale)[FLUSHES][2],
+                                              float (&zero)[FLUSHES][2]) const {
+#pragma unroll
+    for (int i = 0; i < FLUSHES; ++i) {
+      const int segment = i / OWN, own = i % OWN;
+      const int group = GROUPS == 1 ? 0 : (segment * SEGMENT + piece(own)) * COLUMNS / GROUP;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        scale[i][r] = zero[i][r] = 0.0f;
+        if (GROUPS > 1 && !there(segment, own)) continue;
+        const int at = (row() + 8 * r) * GROUPS + group;
+        scale[i][r] = value<SCALE_TYPE>(slot, at);
+        if constexpr (ZERO_TYPE != NONE) zero[i][r] = value<ZERO_TYPE>(slot + SCALE_BYTES, at);
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void multiply(const uint4 (&codes)[2], const uint32_t (&x)[CHUNKS][COLUMN_TILES][4],
+                                                  Sums& sums) {
+    const uint32_t words[4][2] = {
+        {codes[0].x, codes[1].x}, {codes[0].y, codes[1].y}, {codes[0].z, codes[1].z}, {codes[0].w, codes[1].w}};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t operand[4];
+      codes_at<0>(words[i], operand);
+#pragma unroll
+      for (int tile = 0; tile < COLUMN_TILES; ++tile) {
+        if constexpr (BITS == 4) {
+          multiply_16x8x16<BFLOAT>(sums.lower[tile], operand, x[i][tile][0], x[i][tile][1]);
+        } else {
+          multiply_16x8x16<BFLOAT>(i % 2 ? sums.upper[tile] : sums.lower[tile], operand, x[i / 2][tile][i % 2 * 2],
+                                   x[i / 2][tile][i % 2 * 2 + 1]);
+        }
+      }
+      if constexpr (BITS == 4) {
+        codes_at<1>(words[i], operand);
+#pragma unroll
+        for (int tile = 0; tile < COLUMN_TILES; ++tile) {
+          multiply_16x8x16<BFLOAT>(sums.upper[tile], operand, x[i][tile][2], x[i][tile][3]);
+        }
+      }
+    }
+  }
+
+  // Adds a group's products, corrected and scaled, to total.
+  static __device__ __forceinline__ void flush(Sums& sums, const float (&of_x)[COLUMN_TILES][2], const float (&scale)[2],
+                                               const float (&zero)[2], float (&total)[COLUMN_TILES][4]) {
+#pragma unroll
+    for (int tile = 0; tile < COLUMN_TILES; ++tile) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float v = fmaf(sums.upper[tile][e], UPPER, sums.lower[tile][e]);
+        if (CORRECTED) v = fmaf(-(zero[e / 2] + CENTRE), of_x[tile][e % 2], v);
+        total[tile][e] = fmaf(scale[e / 2], v, total[tile][e]);
+        sums.lower[tile][e] = sums.upper[tile][e] = 0.0f;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void hand_over(const float (&total)[COLUMN_TILES][4]) {
+    mbarrier_wait(&rest_.free[buffer_.at], buffer_.parity ^ 1);
+    float* to = rest_.partial[buffer_.at][warp()];
+#pragma unroll
+    for (int tile = 0; tile < COLUMN_TILES; ++tile) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        *reinterpret_cast<float2*>(to + (row() + 8 * r) * WIDTH + tile * 8 + quarter() * 2) = {total[tile][2 * r],
+                                                                                              total[tile][2 * r + 1]};
+      }
+    }
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(&rest_.done[buffer_.at]);
+    buffer_.next();
+  }
+
+  const Arguments& a_;
+  unsigned char* slots_;
+  Rest& rest_;
+  Place<SLOTS> slot_;
+  Place<BUFFERS> buffer_;
+  uint32_t x_[PARTS][CHUNKS][COLUMN_TILES][4];
+  float sums_[FLUSHES][COLUMN_TILES][2];  // of x, in UNITs
+};
+
+// ---- Results
+
+__device__ __forceinline__ float activated(float x) {
+  if (ACTIVATION == 1) return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+  if (ACTIVATION == 2) return x / (1.0f + expf(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
+  if (ACTIVATION == 3) return x / (1.0f + expf(-x));
+  return x;
+}
+
+__device__ void finish(const Arguments& a, Rest& rest) {
+  Place<BUFFERS> buffer;
+  const int row = static_cast<int>(lane()) % TILE, half = static_cast<int>(lane()) / TILE, tiles = tiles_of(a);
+  if (EARLY) wait_for_earlier_launch();
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int n = first_row(a, tile) + row;
+    const float bias = BIASED ? widened(load_stream(a.bias + n)) : 0.0f;
+    mbarrier_wait(&rest.done[buffer.at], buffer.parity);
+#pragma unroll
+    for (int columns = 0; columns < COLUMN_TILES; ++columns) {
+      const int first = columns * 8 + half * 4;
+      float4 sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (int part = 0; part < WARPS; ++part) {
+        const float4 v = *reinterpret_cast<const float4*>(rest.partial[buffer.at][part] + row * WIDTH + first);
+        sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
+      }
+      const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (n >= tile * TILE && first + e < a.m) {
+          a.out[static_cast<int64_t>(first + e) * a.n + n] = rounded(activated(fmaf(sums[e], 1.0f / UNIT, bias)));
+        }
+      }
+    }
+    __syncwarp();
+    if (lane() == 0) mbarrier_arrive(&rest.free[buffer.at]);
+    buffer.next();
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) dequant_ring(const __grid_constant__ Arguments a) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  Rest& rest = *reinterpret_cast<Rest*>(shared + SLOTS * SLOT_BYTES);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < SLOTS; ++i) {
+      mbarrier_init(&rest.full[i], 1);
+      mbarrier_init(&rest.empty[i], WARPS);
+    }
+    for (int i = 0; i < BUFFERS; ++i) {
+      mbarrier_init(&rest.done[i], WARPS);
+      mbarrier_init(&rest.free[i], 1);
+    }
+    mbarrier_fence_init();
+  }
+  __syncthreads();
+  if (warp() < WARPS) {
+    Consumer(a, shared, rest).run();
+  } else if (warp() == WARPS) {
+    produce(a, shared, rest);
+  } else {
+    finish(a, rest);
+  }
+}
