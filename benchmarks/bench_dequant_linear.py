@@ -128,8 +128,8 @@ def ring_variants(x: Tensor, weights: list[Parts], form: Format, sweep: bool) ->
 
 
 RING: dict[str, dict[str, Any]] = {
-    "ring": {}, "ring_early": {"early": True}, "ring_w8": {"warps": 8}, "ring_w10": {"warps": 10},
-    "ring_w14": {"warps": 14}, "ring_s2": {"segments": 2}, "ring_s4": {"segments": 4}, "ring_3slots": {"slots": 3},
+    "ring": {}, "ring_early": {"early": True}, "ring_1producer": {"producers": 1}, "ring_w8": {"warps": 8},
+    "ring_w10": {"warps": 10}, "ring_s2": {"segments": 2}, "ring_s4": {"segments": 4}, "ring_3slots": {"slots": 3},
     "ring_4slots": {"slots": 4}, "ring_early_s2": {"early": True, "segments": 2},
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ from .packed_weight import Format, weight_shape
 
 MAX_ROWS = 16
 TILE, PIECE, BUFFERS = 16, 64, 2
-MOST_WARPS, MOST_SLOT = 16, 40 << 10
+MOST_WARPS, PRODUCERS, MOST_SLOT = 16, 3, 40 << 10
 _TYPES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3, torch.int8: 4, torch.uint8: 5, torch.int32: 6}
 _COMPUTE = {"float32": 3, "float16": 1, "bfloat16": 2}
 _ARGUMENTS = struct.Struct("=6q2i")
@@ -107,7 +107,9 @@ def no_layout(
 
 
 @functools.lru_cache(maxsize=256)
-def plan(kind: Kind, device: Device, segments: int = 0, warps: int = 0, slots: int = 0) -> Plan | str:
+def plan(
+    kind: Kind, device: Device, segments: int = 0, warps: int = 0, slots: int = 0, producers: int = 0
+) -> Plan | str:
     """How the work is divided, or why it cannot be. What is not 0 is taken as it is, for measurements."""
     form, k = kind.form, kind.k
     columns = PIECE * 8 // form.bits
@@ -134,7 +136,8 @@ def plan(kind: Kind, device: Device, segments: int = 0, warps: int = 0, slots: i
     slots = slots or fitting
     if not 2 <= slots <= fitting:
         return f"{fitting} parts of a tile of K = {k} columns fit the shared memory; needed: 2"
-    threads = (warps + 2) * 32
+    producers = min(producers or PRODUCERS, slots)
+    threads = (warps + producers + 1) * 32
     held = segments * own * (columns // 32) * kind.column_tiles * 4 + (0 if groups == 1 else segments * own * 6)
     if held + 48 > 65536 // threads // 8 * 8:
         return f"a warp's part of {8 * kind.column_tiles} rows of K = {k} does not fit its registers"
@@ -143,8 +146,8 @@ def plan(kind: Kind, device: Device, segments: int = 0, warps: int = 0, slots: i
         "HIGH_FIRST": int(form.nibbles == "high"), "BFLOAT": int(kind.dtype == torch.bfloat16),
         "SCALE_TYPE": scale, "ZERO_TYPE": zero, "COMPUTE": _COMPUTE[form.compute], "BIASED": int(kind.biased),
         "ACTIVATION": ACTIVATIONS.index(kind.activation), "COLUMN_TILES": kind.column_tiles, "EARLY": int(kind.early),
-        "SEGMENTS": segments, "WARPS": warps, "SLOTS": slots, "SLOT_BYTES": slot_bytes(segments),
-        "REST_BYTES": rest + 512,
+        "SEGMENTS": segments, "WARPS": warps, "PRODUCERS": producers, "SLOTS": slots,
+        "SLOT_BYTES": slot_bytes(segments), "REST_BYTES": rest + 512,
     }  # fmt: skip
     return Plan(tuple(constants.items()), threads, slots * slot_bytes(segments) + rest + 512)
 

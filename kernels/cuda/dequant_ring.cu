@@ -5,7 +5,7 @@
 // raw: the code as it comes out of its bits, CENTRE away from the number that it stands for.
 //
 // A block a multiprocessor takes tiles of 16 rows of the weight, of three kinds of warps:
-// - the producer copies a tile's codes, scales and zero points into a ring in shared memory. It waits for free slots only.
+// - PRODUCERS warps copy a tile's codes, scales and zero points into a ring in shared memory. They wait for free slots only.
 // - WARPS warps share the columns, always the same ones: so each holds its part of x in registers, in the order in which
 //   codes come out, and nothing is permuted in the loop.
 // - one warp adds up the parts of a tile, always in the same order, and writes it.
@@ -18,7 +18,7 @@ constexpr int SEGMENT = (PIECES + SEGMENTS - 1) / SEGMENTS;  // pieces of a slot
 constexpr int OWN = (SEGMENT + WARPS - 1) / WARPS, PARTS = SEGMENTS * OWN;
 constexpr int GROUPS = K / GROUP, FLUSHES = GROUPS == 1 ? 1 : PARTS;
 constexpr int BUFFERS = 2, WIDTH = 8 * COLUMN_TILES;
-constexpr int THREADS = (WARPS + 2) * 32;
+constexpr int THREADS = (WARPS + PRODUCERS + 1) * 32;
 static_assert(K % COLUMNS == 0 && K % GROUP == 0 && GROUP % COLUMNS == 0, "a piece has one group");
 static_assert((SEGMENTS - 1) * SEGMENT < PIECES, "no segment is empty");
 
@@ -79,27 +79,37 @@ struct Place {
 
 // ---- Producer
 
-__device__ void produce(const Arguments& a, unsigned char* slots, Rest& rest) {
+// A part of 16 rows, as soon as the slot is empty. Lanes copy a row each.
+__device__ __forceinline__ void fill(const Arguments& a, unsigned char* to, uint64_t* full, uint64_t* empty,
+                                     unsigned parity, int first, int segment) {
+  const int row = static_cast<int>(lane()), bytes = min(SEGMENT_BYTES, ROW_BYTES - segment * SEGMENT_BYTES);
+  const bool scales = segment == 0;
+  mbarrier_wait(empty, parity);
+  if (row == 0) mbarrier_expect(full, TILE * bytes + (scales ? SCALE_BYTES + ZERO_BYTES : 0));
+  __syncwarp();
+  if (row < TILE) {
+    const unsigned char* from = a.codes + static_cast<int64_t>(first + row) * ROW_BYTES + segment * SEGMENT_BYTES;
+    bulk_load(to + CODES_AT + row * STRIDE, from, bytes, full);
+  } else if (row == TILE && scales) {
+    bulk_load(to, a.scale + static_cast<int64_t>(first) * (SCALE_BYTES / TILE), SCALE_BYTES, full);
+  } else if (row == TILE + 1 && scales && ZERO_BYTES > 0) {
+    bulk_load(to + SCALE_BYTES, a.zero + static_cast<int64_t>(first) * (ZERO_BYTES / TILE), ZERO_BYTES, full);
+  }
+}
+
+// With more warps than slots, one could take a slot's phase for that of two turns before.
+static_assert(PRODUCERS <= SLOTS, "whoever fills a slot knows that all turns up to its last but one were read");
+
+// One of PRODUCERS warps: each fills every PRODUCERS-th slot, as issuing a copy takes a while.
+__device__ void produce(const Arguments& a, unsigned char* slots, Rest& rest, int producer) {
   Place<SLOTS> slot;
-  const int row = static_cast<int>(lane()), tiles = tiles_of(a);
+  const int tiles = tiles_of(a);
+  int turn = producer;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int first = first_row(a, tile);
     for (int segment = 0; segment < SEGMENTS; ++segment) {
-      unsigned char* to = slots + slot.at * SLOT_BYTES;
-      uint64_t* full = &rest.full[slot.at];
-      const int bytes = min(SEGMENT_BYTES, ROW_BYTES - segment * SEGMENT_BYTES);
-      const bool scales = segment == 0;
-      mbarrier_wait(&rest.empty[slot.at], slot.parity ^ 1);
-      if (row == 0) mbarrier_expect(full, TILE * bytes + (scales ? SCALE_BYTES + ZERO_BYTES : 0));
-      __syncwarp();
-      if (row < TILE) {
-        const unsigned char* from = a.codes + static_cast<int64_t>(first + row) * ROW_BYTES + segment * SEGMENT_BYTES;
-        bulk_load(to + CODES_AT + row * STRIDE, from, bytes, full);
-      } else if (row == TILE && scales) {
-        bulk_load(to, a.scale + static_cast<int64_t>(first) * (SCALE_BYTES / TILE), SCALE_BYTES, full);
-      } else if (row == TILE + 1 && scales && ZERO_BYTES > 0) {
-        bulk_load(to + SCALE_BYTES, a.zero + static_cast<int64_t>(first) * (ZERO_BYTES / TILE), ZERO_BYTES, full);
-      }
+      if (turn == 0) fill(a, slots + slot.at * SLOT_BYTES, &rest.full[slot.at], &rest.empty[slot.at], slot.parity ^ 1,
+                          first_row(a, tile), segment);
+      turn = turn == 0 ? PRODUCERS - 1 : turn - 1;
       slot.next();
     }
   }
@@ -125,28 +135,28 @@ __device__ __forceinline__ float value(const unsigned char* array, int at) {
 // The codes of 4 bytes in rows g and g + 8 as operands, and their products with the columns that x holds in that order.
 template <int AT>
 __device__ __forceinline__ void codes_at(const uint32_t (&words)[2], uint32_t (&operand)[4]) {
-  constexpr int SHIFT = BITS == 8 || SMALL ? 8 : 4 * AT;  // of the second pair
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint32_t w = words[i];
     if constexpr (BITS == 4 && SMALL) {  // AT: the lower or the upper halves
-      constexpr uint32_t MASK = AT ? 0x00f000f0 : 0x000f000f, FLIP = SIGNED ? (AT ? 0x00800080 : 0x00080008) : 0;
-      operand[i] = (w & MASK) ^ FLIP;
-      operand[2 + i] = ((w >> SHIFT) & MASK) ^ FLIP;
+      constexpr uint32_t MASK = AT ? 0x00f000f0 : 0x000f000f, FLIP = SIGNED ? MASK & 0x00880088 : 0;
+      operand[i] = and_xor(w, MASK, FLIP);
+      operand[2 + i] = and_xor(w >> 8, MASK, FLIP);
     } else if constexpr (BITS == 4) {
-      constexpr uint32_t MAGIC = SIGNED ? 0x43084308 : 0x43004300;
-      operand[i] = ((w >> (4 * AT)) & 0x000f000f) ^ MAGIC;
-      operand[2 + i] = ((w >> (8 + 4 * AT)) & 0x000f000f) ^ MAGIC;
+      constexpr uint32_t MASK = 0x000f000f, FLIP = SIGNED ? 0x43084308 : 0x43004300;
+      operand[i] = and_xor(w >> (4 * AT), MASK, FLIP);
+      operand[2 + i] = and_xor(w >> (8 + 4 * AT), MASK, FLIP);
     } else if constexpr (SMALL) {
-      constexpr uint32_t FLIP = SIGNED ? 0x00800080 : 0;
-      operand[i] = (w & 0x00ff00ff) ^ FLIP;
-      operand[2 + i] = ((w >> 8) & 0x00ff00ff) ^ FLIP;
+      constexpr uint32_t MASK = 0x00ff00ff, FLIP = SIGNED ? 0x00800080 : 0;
+      operand[i] = and_xor(w, MASK, FLIP);
+      operand[2 + i] = and_xor(w >> 8, MASK, FLIP);
     } else {  // 128 + the lower seven bits, less 128 or 256
       constexpr uint32_t LESS = SIGNED ? 0x43004300 : 0x43804380;
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const uint32_t v = w >> (8 * pair);
-        operand[2 * pair + i] = subtract_bfloats((v & 0x007f007f) ^ 0x43004300, (v & 0x00800080) ^ LESS);
+        operand[2 * pair + i] =
+            subtract_bfloats(and_xor(v, 0x007f007f, 0x43004300), and_xor(v, 0x00800080, LESS));
       }
     }
   }
@@ -412,8 +422,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) dequant_ring(const __gr
   __syncthreads();
   if (warp() < WARPS) {
     Consumer(a, shared, rest).run();
-  } else if (warp() == WARPS) {
-    produce(a, shared, rest);
+  } else if (warp() < WARPS + PRODUCERS) {
+    produce(a, shared, rest, static_cast<int>(warp()) - WARPS);
   } else {
     finish(a, rest);
   }

@@ -206,6 +206,13 @@ __device__ __forceinline__ float2 bfloats_to_floats(uint32_t x) {
   return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
 }
 
+// (x & mask) ^ flip in one instruction, which compilers do not make of two constants.
+__device__ __forceinline__ uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(x), "r"(mask), "r"(flip));
+  return y;
+}
+
 __device__ __forceinline__ uint32_t subtract_bfloats(uint32_t x, uint32_t y) {
   uint32_t z;
   asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));

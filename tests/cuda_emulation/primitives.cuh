@@ -212,6 +212,7 @@ static inline uint16_t float_to_half(float value) {
 }
 static inline float2 halves_to_floats(uint32_t v) { return {half_to_float(uint16_t(v)), half_to_float(v >> 16)}; }
 static inline float2 bfloats_to_floats(uint32_t v) { return {bfloat_to_float(uint16_t(v)), bfloat_to_float(v >> 16)}; }
+static inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) { return (x & mask) ^ flip; }
 static inline uint32_t subtract_bfloats(uint32_t a, uint32_t b) {
   float2 x = bfloats_to_floats(a), y = bfloats_to_floats(b);
   return float_to_bfloat(x.x - y.x) | uint32_t(float_to_bfloat(x.y - y.y)) << 16;
