@@ -123,7 +123,15 @@ def ring_variants(x: Tensor, weights: list[Parts], form: Format, sweep: bool) ->
     """Calls of the persistent kernel: as it is, begun early, and with other divisions of the work."""
     found: dict[str, Callable[[int], Any]] = {}
     for name, choices in (RING if sweep else dict(list(RING.items())[:2])).items():
-        found[name] = lambda i, choices=choices: ring.ring_linear(x, *weights[i], None, form, **choices)
+
+        def call(i: int, choices: dict[str, Any] = choices) -> Tensor:
+            codes, scale, zero, _ = weights[i]
+            kernel = ring.kernel_for(x, codes, scale, zero, None, form, **choices)
+            if isinstance(kernel, str):
+                raise RuntimeError(kernel)
+            return ring.ring_linear(kernel, x, codes, scale, zero, None, choices.get("early", False))
+
+        found[name] = call
     return found
 
 
@@ -141,8 +149,9 @@ def sweep_ring(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, 
     exact_weight = decode(*weights[0], form._replace(compute="float32"), torch.float64)
     for m in rows:
         x = torch.randn(m, k, device=device).half()
-        if reason := ring.supports(x, *weights[0], None, form):
-            log.write(what="not supported", name="ring", reason=reason)
+        reason = ring.kernel_for(x, *weights[0][:3], None, form)
+        if isinstance(reason, str):
+            log.write(what="not supported", name="ring", reason=reason, N=n, K=k, M=m, format=name)
             continue
         measure(log, "sweep_ring", ring_variants(x, weights, form, True), x.double() @ exact_weight.t(), count, dry,
                 N=n, K=k, M=m, format=name)  # fmt: skip
@@ -171,7 +180,8 @@ def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, dev
         if few.supports(x, *weights[0], form) is None:
             variants["rows"] = lambda i, x=x: few.rows_linear(x, *weights[i], None, form)
         if m <= ring.MAX_ROWS:
-            if reason := ring.supports(x, *weights[0], None, form):
+            reason = ring.kernel_for(x, *weights[0][:3], None, form)
+            if isinstance(reason, str):
                 log.write(what="not supported", name="ring", reason=reason, N=n, K=k, M=m, format=name)
             else:
                 variants |= ring_variants(x, weights, form, False)

@@ -60,8 +60,10 @@ def run(
     """`dequant_linear` of inputs that `supports` takes, contiguous."""
     rows = x.numel() // max(x.shape[-1], 1)
     up_to = CROSSOVER[form.bits]
-    if 0 < rows <= RING_ROWS and ring.supports(x, codes, scale, zero, lut, bias, form) is None:
-        return ring.ring_linear(x, codes, scale, zero, lut, bias, form)
+    if 0 < rows <= RING_ROWS:
+        kernel = ring.kernel_for(x, codes, scale, zero, bias, form)
+        if not isinstance(kernel, str):
+            return ring.ring_linear(kernel, x, codes, scale, zero, bias)
     if 0 < rows <= up_to[0] and few.supports(x, codes, scale, zero, lut, form) is None:
         return few.rows_linear(x, codes, scale, zero, lut, bias, form)
     if 0 < rows <= up_to[1] and tiled.supports(x, codes, scale, zero, lut, form) is None:

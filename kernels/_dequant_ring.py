@@ -20,13 +20,14 @@ from torch import Tensor
 
 from . import _cuda
 from ._gemv_common import ACTIVATIONS
-from .packed_weight import Format, weight_shape
+from .packed_weight import COMPUTE, Format
 
 MAX_ROWS = 16
 TILE, PIECE, BUFFERS = 16, 64, 2
-MOST_WARPS, PRODUCERS, MOST_SLOT = 16, 3, 40 << 10
+MOST_WARPS, PRODUCERS = 16, 3
+MOST_SLOT, MOST_SLOTS, ENOUGH_SLOTS, MOST_SEGMENTS = 40 << 10, 24, 4, 16
+OTHER_REGISTERS = 50  # of a thread, but for its part of x, with scales and sums
 _TYPES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3, torch.int8: 4, torch.uint8: 5, torch.int32: 6}
-_COMPUTE = {"float32": 3, "float16": 1, "bfloat16": 2}
 _ARGUMENTS = struct.Struct("=6q2i")
 
 
@@ -44,7 +45,7 @@ class Plan(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a compiled kernel is for: all but the rows of x, up to 8 for each of `column_tiles`, and of the weight."""
+    """What a compiled kernel is for: `rows` of x, or fewer, and any of the weight."""
 
     form: Format
     k: int
@@ -53,55 +54,50 @@ class Kind(NamedTuple):
     zero: torch.dtype | None
     biased: bool
     activation: str = "none"
-    column_tiles: int = 1
+    rows: int = 8
     early: bool = False
 
 
-def kind_of(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, form: Format,
+def kind_of(x: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, form: Format,
             activation: str = "none", early: bool = False) -> Kind:  # fmt: skip
     k = int(x.shape[-1])
+    rows = max(x.numel() // max(k, 1), 1)
     return Kind(form, k, x.dtype, scale.dtype, None if zero is None else zero.dtype, bias is not None, activation,
-                1 if x.numel() <= 8 * k else 2, early)  # fmt: skip
+                1 << (rows - 1).bit_length(), early)  # fmt: skip
 
 
-def supports(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format,
-    activation: str = "none", early: bool = False,
-) -> str | None:  # fmt: skip
-    """Why the kernel cannot take these, or None; it is then compiled."""
-    if reason := _cuda.unavailable(x.device):
-        return reason
-    if reason := no_layout(x, codes, scale, zero, lut, form):
-        return reason
-    made = ready(kind_of(x, codes, scale, zero, bias, form, activation, early), x.device, codes.shape[0])
-    return made if isinstance(made, str) else None
-
-
-def no_layout(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, form: Format
-) -> str | None:
+def no_layout(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, form: Format) -> str | None:
     """Why the kernel cannot read these tensors, on any device, or None."""
-    n, k = weight_shape(codes, form)
     rows = x.numel() // max(int(x.shape[-1]), 1)
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype is {x.dtype}; allowed: fp16, bf16"
     if not 1 <= rows <= MAX_ROWS:
         return f"there are {rows} rows; allowed: 1 to {MAX_ROWS}"
+    if reason := _not_taken(kind_of(x, scale, zero, None, form), codes.shape[0]):
+        return reason
+    for part in (codes, scale, zero):
+        if part is not None and not (part.is_contiguous() and part.data_ptr() % 16 == 0):
+            return "codes, scale or zero point are not contiguous from a multiple of 16 bytes on"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _not_taken(kind: Kind, n: int) -> str | None:
+    """Why the kernel is not for such a weight of n rows, or None."""
+    form, k = kind.form, kind.k
+    if kind.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype is {kind.dtype}; allowed: fp16, bf16"
     if form.bits not in (4, 8) or form.kind not in ("int", "uint") or form.nibbles not in ("low", "high"):
         return (
             f"codes are {form.bits} bits, {form.kind!r}, {form.nibbles!r}; allowed: integers of 4 or 8 bits, in order"
         )
     if form.arithmetic not in ("sub_mul", "output") or form.rows != 1 or abs(form.offset) > 255:
         return f"arithmetic is {form.arithmetic!r}, with {form.rows} rows a scale and offset {form.offset}"
-    if zero is not None and zero.dtype not in _TYPES:
-        return f"zero points are {zero.dtype}"
+    if kind.zero is not None and kind.zero not in _TYPES:
+        return f"zero points are {kind.zero}"
     columns = PIECE * 8 // form.bits
     if k % columns or (form.group < k and (form.group % columns or k % form.group)):
         return f"K = {k} and groups of {form.group}; allowed: multiples of {columns}"
-    parts = (codes, scale, *(() if zero is None else (zero,)))
-    if not all(part.is_contiguous() and part.data_ptr() % 16 == 0 for part in parts):
-        return "codes, scale or zero point are not contiguous from a multiple of 16 bytes on"
-    if n < TILE or any(part.numel() * part.element_size() % 16 for part in (scale, *parts[2:])):
+    groups = k // min(form.group, k)
+    if n < TILE or any(n * groups * t.itemsize % 16 for t in (kind.scale, kind.zero) if t is not None):
         return f"there are {n} rows of the weight; allowed: 16 and more, of scales that end at a multiple of 16 bytes"
     return None
 
@@ -111,45 +107,66 @@ def plan(
     kind: Kind, device: Device, segments: int = 0, warps: int = 0, slots: int = 0, producers: int = 0
 ) -> Plan | str:
     """How the work is divided, or why it cannot be. What is not 0 is taken as it is, for measurements."""
+    pieces = kind.k * kind.form.bits // 8 // PIECE
+    if segments:
+        return _plan(kind, device, -(-pieces // -(-pieces // segments)), warps, slots, producers)
+    found: Plan | str = ""
+    for each in range(1, min(pieces, MOST_SEGMENTS) + 1):
+        if -(-pieces // -(-pieces // each)) < each:  # one would be empty
+            continue
+        tried = _plan(kind, device, each, warps, slots, producers)
+        if isinstance(tried, Plan):
+            of = dict(tried.constants)
+            if of["SLOT_BYTES"] <= MOST_SLOT and of["SLOTS"] >= ENOUGH_SLOTS:
+                return tried
+            found = tried
+        elif not isinstance(found, Plan):
+            found = tried
+    return found
+
+
+def _plan(kind: Kind, device: Device, segments: int, warps: int, slots: int, producers: int) -> Plan | str:
+    """With parts of a tile that have 1 / segments of the columns."""
     form, k = kind.form, kind.k
     columns = PIECE * 8 // form.bits
-    pieces, group = k // columns, min(form.group, k)
-    groups = k // group
-    size = {1: 2, 2: 2, 3: 4, 4: 1, 5: 1, 6: 4}
-    scale, zero = _TYPES[kind.scale], 0 if kind.zero is None else _TYPES[kind.zero]
-    scales = TILE * groups * (size[scale] + (size[zero] if zero else 0))
-    front = -(-scales // 128) * 128
-
-    def slot_bytes(segments: int) -> int:
-        row = -(-pieces // segments) * PIECE
-        return front + -(-TILE * (row + (64 if row % 128 == 0 else 0)) // 128) * 128
-
-    if not segments:
-        segments = next((s for s in range(1, pieces + 1) if slot_bytes(s) <= MOST_SLOT), pieces)
-    segments = -(-pieces // -(-pieces // segments))  # none is empty
-    in_segment = -(-pieces // segments)
+    group, in_segment = min(form.group, k), -(-(k // columns) // segments)
+    groups, row = k // group, in_segment * PIECE
+    scales = TILE * groups * (kind.scale.itemsize + (0 if kind.zero is None else kind.zero.itemsize))
+    slot_bytes = _whole(scales) + _whole(TILE * (row + (64 if row % 128 == 0 else 0)))
     own = -(-in_segment // (warps or MOST_WARPS))
     warps = -(-in_segment // own)
-    rest = BUFFERS * warps * TILE * 8 * kind.column_tiles * 4
-    room = device.shared_bytes - rest - 512
-    fitting = min(room // (slot_bytes(segments) + 16), 24)
+    threads = (warps + (producers or PRODUCERS) + 1) * 32
+
+    column_tiles = -(-kind.rows // 8)
+    of_x = segments * own * (columns // 32) * column_tiles * 4
+    others = OTHER_REGISTERS + (0 if groups == 1 else segments * own * (2 * column_tiles + 4))
+    registers = (
+        16384 // (-(-threads // 128) * 32) // 8 * 8
+    )  # a quarter of the multiprocessor has a quarter of the warps
+    in_shared = of_x + others > registers
+    if in_shared and others + 16 * column_tiles > registers:
+        return f"the scales of K = {k} columns do not fit the registers"
+    rest = BUFFERS * warps * TILE * 8 * column_tiles * 4 + 512 + (k * kind.rows * 2 if in_shared else 0)
+    fitting = min((device.shared_bytes - rest) // slot_bytes, MOST_SLOTS)
     slots = slots or fitting
     if not 2 <= slots <= fitting:
-        return f"{fitting} parts of a tile of K = {k} columns fit the shared memory; needed: 2"
+        return f"beside {kind.rows} rows of x, {max(fitting, 0)} parts of a tile of K = {k} columns fit; needed: 2"
     producers = min(producers or PRODUCERS, slots)
-    threads = (warps + producers + 1) * 32
-    held = segments * own * (columns // 32) * kind.column_tiles * 4 + (0 if groups == 1 else segments * own * 6)
-    if held + 48 > 65536 // threads // 8 * 8:
-        return f"a warp's part of {8 * kind.column_tiles} rows of K = {k} does not fit its registers"
     constants = {
         "BITS": form.bits, "K": k, "GROUP": group, "SIGNED": int(form.kind == "int"), "OFFSET": form.offset,
         "HIGH_FIRST": int(form.nibbles == "high"), "BFLOAT": int(kind.dtype == torch.bfloat16),
-        "SCALE_TYPE": scale, "ZERO_TYPE": zero, "COMPUTE": _COMPUTE[form.compute], "BIASED": int(kind.biased),
-        "ACTIVATION": ACTIVATIONS.index(kind.activation), "COLUMN_TILES": kind.column_tiles, "EARLY": int(kind.early),
-        "SEGMENTS": segments, "WARPS": warps, "PRODUCERS": producers, "SLOTS": slots,
-        "SLOT_BYTES": slot_bytes(segments), "REST_BYTES": rest + 512,
+        "SCALE_TYPE": _TYPES[kind.scale], "ZERO_TYPE": 0 if kind.zero is None else _TYPES[kind.zero],
+        "COMPUTE": _TYPES[COMPUTE[form.compute]], "BIASED": int(kind.biased),
+        "ACTIVATION": ACTIVATIONS.index(kind.activation), "COLUMN_TILES": column_tiles,
+        "X_ROWS": kind.rows if in_shared else 0, "EARLY": int(kind.early), "SEGMENTS": segments, "WARPS": warps,
+        "PRODUCERS": producers, "SLOTS": slots, "SLOT_BYTES": slot_bytes, "REST_BYTES": rest,
     }  # fmt: skip
-    return Plan(tuple(constants.items()), threads, slots * slot_bytes(segments) + rest + 512)
+    return Plan(tuple(constants.items()), (warps + producers + 1) * 32, slots * slot_bytes + rest)
+
+
+def _whole(size: int) -> int:
+    """Bytes up to a multiple of 128."""
+    return -(-size // 128) * 128
 
 
 def arguments(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, out: Tensor) -> bytes:
@@ -168,7 +185,7 @@ def device_of(device: torch.device) -> Device:
 
 @functools.lru_cache(maxsize=256)
 def ready(kind: Kind, device: torch.device, n: int, **choices: int) -> _cuda.Kernel | str:
-    """The compiled kernel, or why there is none."""
+    """The compiled kernel for a weight of n rows, or why there is none."""
     of = device_of(device)
     fitting = plan(kind, of, **choices)
     if isinstance(fitting, str):
@@ -178,25 +195,30 @@ def ready(kind: Kind, device: torch.device, n: int, **choices: int) -> _cuda.Ker
     return _cuda.kernel("dequant_ring", fitting.constants, index, grid, fitting.threads, fitting.shared_bytes)
 
 
-def ring_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format,
+def kernel_for(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, form: Format,
     activation: str = "none", early: bool = False, **choices: int,
-) -> Tensor:  # fmt: skip
-    """The product for inputs that `supports` takes, through an activation of `_gemv_common.ACTIVATIONS`.
+) -> _cuda.Kernel | str:  # fmt: skip
+    """The compiled kernel for such a product, or why it cannot take it.
 
     early: the launch may begin before the one before it has ended, which then writes nothing that is read but x.
     choices: of `plan`, for measurements.
-
-    Raises:
-        RuntimeError: the kernel does not compile, or does not fit the device.
     """
-    n, k = codes.shape[0], int(x.shape[-1])
-    kernel = ready(kind_of(x, codes, scale, zero, bias, form, activation, early), x.device, n, **choices)
-    if isinstance(kernel, str):
-        raise RuntimeError(kernel)
+    if reason := _cuda.unavailable(x.device) or no_layout(x, codes, scale, zero, form):
+        return reason
+    return ready(kind_of(x, scale, zero, bias, form, activation, early), x.device, codes.shape[0], **choices)
+
+
+def ring_linear(
+    kernel: _cuda.Kernel, x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+    early: bool = False,
+) -> Tensor:  # fmt: skip
+    """The product by the kernel that `kernel_for` found for it, [..., N]."""
+    n, k = codes.shape[0], x.shape[-1]
     flat = x.reshape(-1, k).contiguous()
     if flat.data_ptr() % 16:
         flat = flat.clone()
     out = flat.new_empty(flat.shape[0], n)
-    kernel.start(arguments(flat, codes, scale, zero, bias, out), torch.cuda.current_stream(x.device).cuda_stream, early)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    kernel.start(arguments(flat, codes, scale, zero, bias, out), stream, early)
     return out.view(*x.shape[:-1], n)

@@ -6,8 +6,8 @@
 //
 // A block a multiprocessor takes tiles of 16 rows of the weight, of three kinds of warps:
 // - PRODUCERS warps copy a tile's codes, scales and zero points into a ring in shared memory. They wait for free slots only.
-// - WARPS warps share the columns, always the same ones: so each holds its part of x in registers, in the order in which
-//   codes come out, and nothing is permuted in the loop.
+// - WARPS warps share the columns, always the same ones: so each holds its part of x in registers (X_ROWS > 0: in shared
+//   memory), in the order in which codes come out, and nothing is permuted in the loop.
 // - one warp adds up the parts of a tile, always in the same order, and writes it.
 #include "primitives.cuh"
 
@@ -53,6 +53,7 @@ struct Arguments {
 struct Rest {
   float partial[BUFFERS][WARPS][TILE * WIDTH];
   uint64_t full[SLOTS], empty[SLOTS], done[BUFFERS], free[BUFFERS];
+  uint4 x[X_ROWS > 0 ? PIECES * CHUNKS * X_ROWS * 4 : 1];  // as lanes need it, if registers are too few
 };
 static_assert(sizeof(Rest) <= REST_BYTES, "what the host asks for is enough");
 
@@ -175,6 +176,8 @@ class Consumer {
   }
 
  private:
+  using Operands = uint32_t[CHUNKS][COLUMN_TILES][4];
+
   struct Sums {
     float lower[COLUMN_TILES][4], upper[COLUMN_TILES][4];
   };
@@ -209,11 +212,18 @@ class Consumer {
             found = load_shared_by_others(
                 reinterpret_cast<const uint4*>(a_.x + static_cast<int64_t>(m) * K + column + chunk * 8));
           }
-          arrange(found, x_[part][chunk][tile]);
+          if constexpr (X_ROWS == 0) {
+            arrange(found, x_[part][chunk][tile]);
+          } else if (m < X_ROWS && there(segment, own)) {
+            uint32_t arranged[4];
+            arrange(found, arranged);
+            rest_.x[place_of_x(segment, own, chunk, m)] = {arranged[0], arranged[1], arranged[2], arranged[3]};
+          }
           if (CORRECTED) sums[GROUPS == 1 ? 0 : part][tile] += sum(found);
         }
       }
     }
+    if (X_ROWS > 0) __syncwarp();  // a warp reads what it wrote
     if (!CORRECTED) return;
 #pragma unroll
     for (int i = 0; i < FLUSHES; ++i) {
@@ -228,6 +238,25 @@ class Consumer {
         }
       }
     }
+  }
+
+  // Of row m's 8 columns that this lane multiplies.
+  static __device__ __forceinline__ int place_of_x(int segment, int own, int chunk, int m) {
+    return (((segment * SEGMENT + piece(own)) * CHUNKS + chunk) * X_ROWS + m) * 4 + quarter();
+  }
+
+  // What a piece is multiplied with.
+  __device__ __forceinline__ const Operands& x_of(int segment, int own, Operands& found) const {
+    if constexpr (X_ROWS == 0) return x_[segment * OWN + own];
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+#pragma unroll
+      for (int tile = 0; tile < COLUMN_TILES; ++tile) {  // columns of rows that are not there are not used
+        const uint4 v = rest_.x[place_of_x(segment, own, chunk, min(tile * 8 + row(), X_ROWS - 1))];
+        found[chunk][tile][0] = v.x, found[chunk][tile][1] = v.y, found[chunk][tile][2] = v.z, found[chunk][tile][3] = v.w;
+      }
+    }
+    return found;
   }
 
   // 8 columns in the order in which their codes come out.
@@ -273,7 +302,8 @@ class Consumer {
       for (int own = 0; own < OWN; ++own) {
         if (!there(segment, own)) continue;
         const int part = segment * OWN + own;
-        multiply(codes[own], x_[part], sums);
+        Operands loaded;
+        multiply(codes[own], x_of(segment, own, loaded), sums);
         if (GROUPS > 1) flush(sums, sums_[part], scale[part], zero[part], total);
       }
     }
@@ -298,8 +328,7 @@ class Consumer {
     }
   }
 
-  static __device__ __forceinline__ void multiply(const uint4 (&codes)[2], const uint32_t (&x)[CHUNKS][COLUMN_TILES][4],
-                                                  Sums& sums) {
+  static __device__ __forceinline__ void multiply(const uint4 (&codes)[2], const Operands& x, Sums& sums) {
     const uint32_t words[4][2] = {
         {codes[0].x, codes[1].x}, {codes[0].y, codes[1].y}, {codes[0].z, codes[1].z}, {codes[0].w, codes[1].w}};
 #pragma unroll
@@ -361,7 +390,7 @@ class Consumer {
   Rest& rest_;
   Place<SLOTS> slot_;
   Place<BUFFERS> buffer_;
-  uint32_t x_[PARTS][CHUNKS][COLUMN_TILES][4];
+  Operands x_[X_ROWS == 0 ? PARTS : 1];
   float sums_[FLUSHES][COLUMN_TILES][2];  // of x, in UNITs
 };
 
