@@ -13,6 +13,7 @@ from numerics import error_beyond_rule
 from torch import Tensor
 
 from torch_fuse.kernels import _cuda
+from torch_fuse.kernels import _dequant_dispatch as dispatch
 from torch_fuse.kernels import _dequant_ring as ring
 from torch_fuse.kernels.dequant_linear import reference
 from torch_fuse.kernels.packed_weight import Format, decode
@@ -108,3 +109,135 @@ def test_the_kernel_agrees_with_float64_in_any_order_of_its_threads(name: str) -
 @pytest.mark.parametrize("name", ["int4_offset_tail", "int8"])
 def test_every_access_is_ordered_with_those_of_other_threads(name: str) -> None:
     emulated(CASES[name], parts(CASES[name]), 1, races=True)
+
+
+@needs_emulator
+def test_rows_of_x_that_are_not_there_do_not_matter() -> None:
+    case = CASES["int4_x_in_shared_memory"]
+    given = parts(case)
+    for m in (1, 2):
+        few = (given[0][:m], *given[1:])
+        assert torch.equal(emulated(case._replace(m=m), few), emulated(case, given)[:m])
+
+
+def test_large_codes_and_zero_points_lose_nothing_by_being_subtracted_from_sums() -> None:
+    """The subtraction is of numbers of fp32 that are at most 16 (int4) or 255 times the terms of the result."""
+    if unavailable() is not None:
+        pytest.skip(str(unavailable()))
+    case = CASES["int4_zero"]
+    x, codes, scale, zero, bias = parts(case)
+    x = x + 100.0  # sums of x are far from 0, and sums of the products as well
+    weight = decode(codes, scale, zero, None, case.form._replace(compute="float32"), torch.float64)
+    found = emulated(case, (x, codes, scale, zero, bias))
+    assert not error_beyond_rule(
+        x.double() @ weight.t(), reference(x, codes, scale, zero, None, bias, *case.form), found
+    )
+
+
+H200 = ring.Device(132, 232448)
+
+
+def of_size(k: int, rows: int = 8, form: Format = INT4, **choices: int) -> dict[str, int] | str:
+    zero = torch.float16 if form.bits == 4 else None
+    kind = ring.Kind(form._replace(group=min(form.group, k) if form.bits == 4 else k), k, torch.float16, torch.float16,
+                     zero, False, rows=rows)  # fmt: skip
+    fitting = ring.plan(kind, H200, **choices)
+    return fitting if isinstance(fitting, str) else dict(fitting.constants) | {"bytes": fitting.shared_bytes}
+
+
+def test_the_ring_takes_the_shared_memory_and_x_the_registers() -> None:
+    for k, form in ((4096, INT4), (2560, INT4), (4096, INT8), (2560, INT8)):
+        found = of_size(k, 8, form)
+        assert isinstance(found, dict) and found["X_ROWS"] == 0
+        assert 190_000 < found["SLOTS"] * found["SLOT_BYTES"] < found["bytes"] <= H200.shared_bytes
+    long = of_size(8192)
+    assert isinstance(long, dict) and long["X_ROWS"] == 8 and long["SLOTS"] >= 4
+    assert "rows of x" in str(of_size(14336, 8))
+    assert isinstance(of_size(14336, 4), dict)
+    assert of_size(4096, slots=2)["PRODUCERS"] == 2  # type: ignore[index]
+    assert "2" in str(of_size(4096, slots=7))
+
+
+def test_what_the_kernel_cannot_take_has_a_reason() -> None:
+    x, codes, scale, zero, _ = parts(CASES["int4_zero"])
+    assert ring.no_layout(x, codes, scale, zero, INT4) is None
+    assert "cpu" in str(ring.kernel_for(x, codes, scale, zero, None, INT4))
+    for changed, reason in [
+        ({"x": x.float()}, "dtype"),
+        ({"x": x.repeat(6, 1)}, "18 rows"),
+        ({"x": x[:, :448], "codes": codes[:, :224]}, "K = 448"),
+        ({"codes": codes[:, ::1].t().contiguous().t()}, "contiguous"),
+        ({"codes": codes[:8], "scale": scale[:8], "zero": zero[:8]}, "8 rows of the weight"),
+        ({"scale": scale[:35], "codes": codes[:35], "zero": zero[:35].to(torch.uint8)}, "multiple of 16 bytes"),
+        ({"zero": zero.double()}, "zero points"),
+        ({"form": INT4._replace(group=64)}, "groups of 64"),
+        ({"form": INT4._replace(arithmetic="mul_add")}, "mul_add"),
+        ({"form": INT4._replace(kind="lut16")}, "lut16"),
+        ({"form": INT4._replace(nibbles="half")}, "half"),
+    ]:  # fmt: skip
+        given = {"x": x, "codes": codes, "scale": scale, "zero": zero, "form": INT4} | changed
+        assert reason in str(ring.no_layout(**given)), reason
+
+
+def no_compiler() -> bool:
+    try:
+        from cuda.bindings import nvrtc
+
+        return int(nvrtc.nvrtcVersion()[0]) != 0
+    except (ImportError, RuntimeError):
+        return True
+
+
+@pytest.mark.skipif(no_compiler(), reason="NVRTC is not there")
+@pytest.mark.parametrize("early", [False, True])
+def test_the_kernel_compiles_for_hopper(early: bool) -> None:
+    kind = ring.Kind(INT4, 4096, torch.float16, torch.float16, torch.float16, True, "gelu_tanh", 8, early)
+    fitting = ring.plan(kind, H200)
+    assert isinstance(fitting, ring.Plan)
+    assert _cuda.compiled("dequant_ring", fitting.constants)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize(("allowed", "rows"), [(0, 3), (2, 3), (3, 3)])
+def test_the_op_takes_it_up_to_the_rows_that_are_allowed(monkeypatch: Any, allowed: int, rows: int) -> None:
+    x, codes, scale, zero, _ = parts(CASES["int4_zero"])
+    marker = torch.zeros(rows, 48, dtype=torch.float16)
+    monkeypatch.setattr(dispatch, "RING_ROWS", allowed)
+    monkeypatch.setattr(ring, "kernel_for", lambda *_: object())
+    monkeypatch.setattr(ring, "ring_linear", lambda *_: marker)
+    for other in (dispatch.few, dispatch.tiled):
+        monkeypatch.setattr(other, "supports", lambda *_: "not here")
+    monkeypatch.setattr(dispatch.written, "decode_on_device", lambda *_: torch.zeros(48, 512, dtype=torch.float16))
+    taken = dispatch.run(x, codes, scale, zero, None, None, INT4) is marker
+    assert taken == (rows <= allowed)
+
+
+class Recorder:
+    """A driver that launches nothing."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("CU_", "CUlaunch")):
+            return getattr(pytest.importorskip("cuda.bindings.driver"), name)
+        return lambda *given: self.calls.append((name, given)) or (0,)
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_launch_begins_early_only_where_asked(monkeypatch: Any, early: bool) -> None:
+    kernel = object.__new__(_cuda.Kernel)
+    kernel._driver, kernel._grid, kernel._threads, kernel._shared_bytes = Recorder(), 132, 640, 1000
+    kernel._index, kernel._function, kernel._early = 0, 7, {}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(kernel, "_need_context", lambda: None)
+    kernel.start(b"arguments", 99, early)
+    ((name, given),) = kernel._driver.calls
+    if early:
+        assert name == "cuLaunchKernelEx" and (given[0].gridDimX, given[0].blockDimX, int(given[0].hStream)) == (
+            132,
+            640,
+            99,
+        )
+        assert given[0].attrs[0].value.programmaticStreamSerializationAllowed == 1
+    else:
+        assert name == "cuLaunchKernel" and given[:9] == (7, 132, 1, 1, 640, 1, 1, 1000, 99)
