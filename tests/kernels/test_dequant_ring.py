@@ -48,6 +48,8 @@ CASES = {
                                           zero=torch.int8, choices={"segments": 2, "warps": 2, "slots": 2}),
     "int4_bfloat_zero_twelve_rows": Case(INT4, m=12, dtype=torch.bfloat16, zero=torch.bfloat16, activation="silu",
                                          choices={"warps": 2}),
+    "int4_signed": Case(INT4._replace(kind="int"), m=2, choices={"warps": 4}),
+    "int8_signed_many_tiles": Case(INT8, n=96, m=2, choices={"warps": 4, "slots": 4}, blocks=1),
     "int4_x_in_shared_memory": Case(INT4, k=1152, m=5, zero=torch.float16, choices={"warps": 1, "slots": 2}),
     "int8_one_row_in_shared_memory": Case(INT8._replace(group=1088), k=1088, m=1, biased=True, choices={"warps": 1}),
     "int8": Case(INT8, n=56, m=8, biased=True, choices={"warps": 3, "slots": 2}),
@@ -106,7 +108,7 @@ def test_the_kernel_agrees_with_float64_in_any_order_of_its_threads(name: str) -
 
 
 @needs_emulator
-@pytest.mark.parametrize("name", ["int4_offset_tail", "int8"])
+@pytest.mark.parametrize("name", ["int4_offset_tail", "int8_one_row_in_shared_memory", "int8_signed_many_tiles"])
 def test_every_access_is_ordered_with_those_of_other_threads(name: str) -> None:
     emulated(CASES[name], parts(CASES[name]), 1, races=True)
 
