@@ -55,15 +55,16 @@ def unmeasured(codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | 
 
 
 def run(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format
-) -> Tensor:
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format,
+    activation: str = "none", early: bool = False,
+) -> Tensor:  # fmt: skip
     """`dequant_linear` of inputs that `supports` takes, contiguous."""
     rows = x.numel() // max(x.shape[-1], 1)
     up_to = CROSSOVER[form.bits]
     if 0 < rows <= RING_ROWS:
-        kernel = ring.kernel_for(x, codes, scale, zero, bias, form)
+        kernel = ring.kernel_for(x, codes, scale, zero, bias, form, activation, early)
         if not isinstance(kernel, str):
-            return ring.ring_linear(kernel, x, codes, scale, zero, bias)
+            return ring.ring_linear(kernel, x, codes, scale, zero, bias, early)
     if 0 < rows <= up_to[0] and few.supports(x, codes, scale, zero, lut, form) is None:
         return few.rows_linear(x, codes, scale, zero, lut, bias, form)
     if 0 < rows <= up_to[1] and tiled.supports(x, codes, scale, zero, lut, form) is None:
