@@ -1,15 +1,17 @@
-"""Attention, output projection and skip combination: the block under eager, Inductor and fuse, and the op alone.
+"""The block around an attention with a skip, under eager, Inductor and fuse: times, and where they go.
 
-    python benchmarks/bench_attention_skip.py --out results.jsonl [--only 8x1024x768] [--sweep] [--no-blocks]
+    python benchmarks/bench_attention_skip.py --out results.jsonl [--only 8x1024x768] [--no-training] [--ways fuse]
+    python benchmarks/bench_attention_skip.py --out results.jsonl --profile-train
 
 The block is x [B, N, C] -> QKV -> attention -> projection -> c_skip(t) * x + c_out(t) * projection, t for each sample,
-bfloat16, whose gradient is asked in the backward pass. Rows "block": forward, and forward + backward, in CUDA graphs
-that take turns; errors against float64. Rows "op": torch_fuse::linear_skip next to a library product and Inductor's
-combination (`apart`) and to the product alone (`product`), over operands that do not fit L2 together. The prediction
-is the bytes of the two passes that are saved at 4.29 TB/s (an H200's copy), the floor the larger of bytes and FLOPs at
-783 TFLOP/s. `tiled` is the op without Hopper's own kernel; `--sweep` times that kernel with each of its tiles, then the
-tiled one. Rows 1,536 wide are Wan's: a gate for each lane, x in bfloat16 or float32. `--dry` proves the script on a
-CPU at tiny sizes. A shape takes about 5 s, with the sweep 30 s at first, for 13 kernels to be compiled.
+bfloat16, whose gradient is asked in the backward pass: forward, and forward + backward, in CUDA graphs that take turns;
+errors against float64. The ways: `fuse`; `early`, whose last launch begins before attention's has ended; `three`, with
+three groups on a tile; `both`; `measured`, whose attention is the fastest of those timed at compile time; `given`,
+whose coefficients Inductor's kernel computes before the op. Rows "account": the kernels of one call, by name, with
+microseconds; `--profile-train` gives only them, of the forward and backward pass.
+
+`--dry` proves the script on a CPU at tiny sizes. A shape takes about 30 s with all ways, 10 s with one;
+`--profile-train` about 15 s. The op alone: `bench_linear_skip.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,24 +29,25 @@ from torch import Tensor, nn
 
 op = importlib.import_module("torch_fuse.kernels.linear_skip")
 hopper = importlib.import_module("torch_fuse.kernels._hopper_gemm")
+pattern = importlib.import_module("torch_fuse.patterns.attention_skip")
 
-BANDWIDTH, FLOPS, L2 = 4.29e12, 783e12, 60 * 2**20
 # B, N, C, heads: the table "attention -> skip-combine", and Wan 1.3B's width
 SHAPES = {
-    "16x2048x768": (16, 2048, 768, 12),
-    "2x2048x512": (2, 2048, 512, 8),
+    "8x512x512": (8, 512, 512, 8),
     "8x1024x768": (8, 1024, 768, 12),
-    "1x7800x1536": (1, 7800, 1536, 12),
-    "4x4096x768": (4, 4096, 768, 12),
-    "1x32760x1536": (1, 32760, 1536, 12),
     "1x1024x512": (1, 1024, 512, 8),
     "4x128x256": (4, 128, 256, 4),
+    "2x2048x512": (2, 2048, 512, 8),
     "4x2048x768": (4, 2048, 768, 12),
-    "8x512x512": (8, 512, 512, 8),
+    "16x2048x768": (16, 2048, 768, 12),
+    "4x4096x768": (4, 4096, 768, 12),
+    "1x7800x1536": (1, 7800, 1536, 12),
+    "1x32760x1536": (1, 32760, 1536, 12),
     "1x1560x1536": (1, 1560, 1536, 12),
     "1x7800x1536-fp32": (1, 7800, 1536, 12),
 }
 FUSE = {"unmeasured": True}
+WAYS = ("fuse", "early", "three", "both", "measured", "given")
 
 
 class SkippedAttention(nn.Module):
@@ -86,7 +88,57 @@ def step(
     return both
 
 
-def block(log: Log, name: str, train: bool, dry: bool) -> None:
+def ways_of(name: str, model: nn.Module, chosen: list[str], dry: bool) -> dict[str, Callable[..., Tensor]]:
+    """The block by each way, compiled at its first call."""
+    batch, length, width, _ = SHAPES[name]
+    options = {**FUSE, "kernels": "reference"} if dry else FUSE
+
+    def compiled(**more: Any) -> Callable[..., Tensor]:
+        return torch.compile(model, backend="fuse", options={**options, **more}, dynamic=False)
+
+    fuse = compiled()
+    how = hopper.config(batch * length, width, 2, True, False, 1)
+    three = hopper.Config(64, 128, 4, groups=3)
+    ways: dict[str, Callable[..., Tensor]] = {
+        "eager": model, "inductor": torch.compile(model, dynamic=False), "fuse": fuse,
+        "early": with_tiles(fuse, how._replace(early=True)), "three": with_tiles(fuse, three),
+        "both": with_tiles(fuse, three._replace(early=True)), "measured": compiled(attention="measure"),
+    }  # fmt: skip
+    if -(-batch * length // 192) * -(-width // 128) < 132:  # less than a tile for each multiprocessor
+        ways.pop("three")
+        ways.pop("both")
+    ways["given"] = with_values(compiled(fuel=1 << 20))  # other options, or Dynamo took the other's graph
+    return {label: way for label, way in ways.items() if label in ("eager", "inductor", *chosen)}
+
+
+def with_tiles(call: Callable[..., Tensor], how: Any) -> Callable[..., Tensor]:
+    """A call whose products have these tiles."""
+
+    def tiled(*given: Tensor) -> Tensor:
+        op.hopper_config = how
+        try:
+            return call(*given)
+        finally:
+            op.hopper_config = None
+
+    return tiled
+
+
+def with_values(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A call that is compiled without functions of coefficients."""
+    found = pattern.match_pointwise
+
+    def without(*given: Tensor) -> Tensor:
+        pattern.match_pointwise = lambda *_: None
+        try:
+            return call(*given)
+        finally:
+            pattern.match_pointwise = found
+
+    return without
+
+
+def block(log: Log, name: str, train: bool, dry: bool, chosen: list[str], only_account: bool = False) -> None:
     batch, length, width, heads = (2, 9, 32, 2) if dry else SHAPES[name]
     device = "cpu" if dry else "cuda"
     torch.manual_seed(0)
@@ -94,169 +146,67 @@ def block(log: Log, name: str, train: bool, dry: bool) -> None:
     x = torch.randn(batch, length, width, device=device, dtype=torch.bfloat16)
     t = torch.rand(batch, device=device) + 0.1
     torch._dynamo.reset()
-    options = {**FUSE, "kernels": "reference"} if dry else FUSE
-    ways: dict[str, Callable[..., Tensor]] = {
-        "eager": model,
-        "inductor": torch.compile(model, dynamic=False),
-        "fuse": torch.compile(model, backend="fuse", options=options, dynamic=False),
-    }
-    steps = {label: step(way, model, x, t, train) for label, way in ways.items()}
     row: dict[str, Any] = {"what": "block", "name": name, "pass": "forward + backward" if train else "forward"}
+    steps = {}
+    for label, way in ways_of(name, model, chosen, dry).items():
+        if only_account and label == "eager":
+            continue
+        steps[label] = call = step(way, model, x, t, train)
+        try:
+            assert all(bool(z.isfinite().all()) for z in call()), "the result is not finite"
+            if not dry and label != "eager":
+                account(log, row, label, call)
+        except Exception as failure:  # log it, go on without
+            del steps[label]
+            log.write(**{**row, "what": "account"}, way=label, failed=f"{type(failure).__name__}: {failure}"[:400])
+            if dry or label in ("eager", "inductor"):
+                raise
+    from torch_fuse import reports, reset_reports
+
+    kinds = ("combine", "attention")
+    row["report"] = sorted({f"{site.status}: {site.reason}" for site in reports().sites if site.kind in kinds})
+    reset_reports()
+    if only_account:
+        return
     exact = None
     if batch * heads * length**2 <= 2**30:  # the float64 attention is written out
         wide = copy.deepcopy(model).double()
         exact = step(wide, wide, x.double(), t.double(), train)()
-    for label, call in steps.items():
-        found = call()
-        assert all(bool(z.isfinite().all()) for z in found), (row, label)
-        if exact is not None:
-            errors = [error(a, b)["rms"] / float(b.square().mean().sqrt()) for a, b in zip(found, exact, strict=True)]
+        for label, call in steps.items():
+            errors = [error(a, b)["rms"] / float(b.square().mean().sqrt()) for a, b in zip(call(), exact, strict=True)]
             row[f"{label}_error"] = [float(f"{e:.2g}") for e in errors]
-    if exact is not None:
-        row["right"] = all(a <= 2 * b + 1e-5 for a, b in zip(row["fuse_error"], row["eager_error"], strict=True))
+        ours = [row[f"{label}_error"] for label in steps if label not in ("eager", "inductor")]
+        bound = row["eager_error"]
+        row["right"] = all(a <= 2 * b + 1e-5 for found in ours for a, b in zip(found, bound, strict=True))
     del exact
-
-    from torch_fuse import reports, reset_reports
-
-    row["report"] = sorted({f"{site.status}: {site.reason}" for site in reports().sites if site.kind == "combine"})
-    reset_reports()
     if not dry:
-        row |= {f"{label}_kernels": kernels(call, 6) for label, call in steps.items() if label != "eager"}
         steps = {label: captured(call, 4) for label, call in steps.items()}
     inner = 1 if dry else 4
     times = interleaved_ms(steps, 1 if dry else 20, rest_s=0.0 if dry else 0.1)
     log.write(**row, **{f"{label}_us": ms * 1e3 / inner for label, ms in times.items()})
 
 
-# -- the op alone ------------------------------------------------------------------------------------------------------
-
-Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]
-
-
-def operands(name: str, dry: bool) -> Operands:
-    """y, weight, bias, x, c_skip, c_out."""
-    batch, length, width, _ = (2, 9, 32, 2) if dry else SHAPES[name]
-    given: dict[str, Any] = {"device": "cpu" if dry else "cuda", "dtype": torch.bfloat16}
-    y, x = (torch.randn(batch, length, width, **given) for _ in range(2))
-    weight = torch.randn(width, width, **given) * width**-0.5
-    bias = torch.randn(width, **given)
-    if SHAPES[name][2] == 1536:  # a gate of Wan: for each sample and lane, in float32
-        x = x.float() if name.endswith("fp32") else x
-        return y, weight, bias, x, None, torch.randn(batch, 1, width, device=given["device"])
-    t = torch.rand(batch, 1, 1, device=given["device"])
-    return y, weight, bias, x, 1 / (t**2 + 1), t / (t**2 + 1) ** 0.5
-
-
-def unfused(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, a: Tensor | None, b: Tensor) -> Tensor:
-    return ((x if a is None else a * x) + b * F.linear(y, weight, bias)).to(x.dtype)
-
-
-def fused(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, a: Tensor | None, b: Tensor,
-          save: bool = False) -> Tensor:  # fmt: skip
-    return torch.ops.torch_fuse.linear_skip(y, weight, bias, x, a, b, 1.0, 1.0, "sum", save, x.dtype)[0]
-
-
-def fused_by(how: Any) -> Callable[..., Tensor]:
-    """The op with a configuration of Hopper's kernel, or, False, without that kernel."""
-
-    def call(*given: Any) -> Tensor:
-        op.hopper_config = how
-        try:
-            return fused(*given)
-        finally:
-            op.hopper_config = None
-
-    return call
-
-
-def product(y: Tensor, weight: Tensor, bias: Tensor, *_: Tensor) -> Tensor:
-    return F.linear(y, weight, bias)
-
-
-def alone(log: Log, name: str, ops: dict[str, Callable[..., Tensor]], dry: bool, **fields: Any) -> None:
-    torch.manual_seed(0)
-    first = operands(name, dry)
-    y, weight, _, x, *_ = first
-    one, many = x.nbytes, 1 if dry else L2 // (2 * y.nbytes) + 2
-    sets = [first, *(operands(name, dry) for _ in range(many - 1))]
-    exact = unfused(*(None if z is None else z.double() for z in first))
-    bound = error(unfused(*first), exact)
-    row: dict[str, Any] = {"what": "op", "name": name, **fields, "saved_us": 2 * one / BANDWIDTH * 1e6}
-    flops, moved = 2 * x.numel() * weight.shape[1], y.nbytes + weight.nbytes + 2 * one
-    row["floor_us"] = max(flops / FLOPS, moved / BANDWIDTH) * 1e6
-    row["unfused_error"] = bound
-    turns: dict[str, Callable[[], Any]] = {}
-    for label, call in ops.items():
-        if label != "product":
-            row[f"{label}_error"] = found = error(call(*first), exact)
-            assert all(found[key] <= 2 * bound[key] for key in found), row  # NaN fails too
-        turns[label] = lambda call=call: [call(*each) for each in sets]
-    if not dry:
-        turns = {label: captured(turn) for label, turn in turns.items()}
-    times = interleaved_ms(turns, 1 if dry else 20, rest_s=0.0 if dry else 0.05)
-    log.write(**row, **{f"{label}_us": ms * 1e3 / len(sets) for label, ms in times.items()})
-
-
-# Hopper's kernel: 2 * block_m x block_n for both groups, or, ping-pong, block_m x block_n for each.
-HOPPER = [hopper.Config(64, 256, 3), hopper.Config(128, 128, 4, True), hopper.Config(64, 128, 6),
-          hopper.Config(128, 128, 3), hopper.Config(64, 256, 4, True), hopper.Config(64, 128, 6, True),
-          hopper.Config(64, 64, 8, True), hopper.Config(64, 256, 3, together=1)]  # fmt: skip
-TILED = [(128, 128, 64, 4, 3), (64, 128, 64, 4, 4)]
-
-
-def sweep(log: Log, name: str, dry: bool) -> None:
-    """The op with other tiles; one that does not fit the shared memory is left out."""
-    for how in HOPPER[:1] if dry else HOPPER:
-        attempt(log, name, fused_by(how), dry, "hopper", how)
-    chosen = op.config
-    for tile, early in itertools.product(TILED, (False, True)):
-        tiled = op.Config(*tile, early=early)
-        op.config = lambda *_, tiled=tiled: tiled
-        attempt(log, name, fused_by(False), dry, "tiled", tiled)
-    op.config = chosen
-
-
-def attempt(log: Log, name: str, call: Callable[..., Tensor], dry: bool, kernel: str, how: Any) -> None:
-    try:
-        alone(log, name, {"op": call}, dry, kernel=kernel, config=how._asdict())
-    except Exception as failure:  # out of resources, or a wrong result
-        reason = f"{type(failure).__name__}: {failure}"[:200]
-        log.write(what="op", name=name, kernel=kernel, config=how._asdict(), failed=reason)
+def account(log: Log, row: dict[str, Any], label: str, call: Callable[[], Any]) -> None:
+    """Where the time of one call goes."""
+    found = kernels(call, 40)
+    found["top"] = [[kernel.replace("cudnn_generated_fort_native_", "")[:56], *rest] for kernel, *rest in found["top"]]
+    log.write(**{**row, "what": "account"}, way=label, **found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON lines are appended to this file")
-    parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
-    for flag, text in (("--sweep", "also try other tiles"), ("--no-blocks", "the op alone"),
-                       ("--no-op", "the blocks alone"), ("--no-training", "their forward pass only"),
+    parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES)[:8])
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="besides Inductor")
+    for flag, text in (("--no-training", "their forward pass only"),
+                       ("--profile-train", "nothing but the kernels of forward + backward"),
                        ("--dry", "tiny, on the CPU: measures nothing")):  # fmt: skip
         parser.add_argument(flag, action="store_true", help=text)
     given = parser.parse_args()
     log = Log(given.out)
-    for name in given.only:
-        torch._dynamo.reset()
-        ops = {"op": fused, "tiled": fused_by(False), "saving": lambda *z: fused(*z, save=True),
-               "product": product, "apart": torch.compile(unfused, dynamic=False)}  # fmt: skip
-        with torch.no_grad():
-            try:
-                if not given.no_op:
-                    alone(log, name, ops, given.dry, config=_config(name)._asdict())
-            except Exception as failure:  # log it, go on
-                log.write(what="op", name=name, failed=f"{type(failure).__name__}: {failure}"[:400])
-                if given.dry:
-                    raise
-            if given.sweep:
-                sweep(log, name, given.dry)
-        for train in () if given.no_blocks else (False,) if given.no_training else (False, True):
-            block(log, name, train, given.dry)
-
-
-def _config(name: str) -> Any:
-    batch, length, width, _ = SHAPES[name]
-    wan = width == 1536
-    itemsize = 4 if name.endswith("fp32") else 2
-    return hopper.config(batch * length, width, itemsize, True, False, 2 if wan else 1)
+    for train in (True,) if given.profile_train else (False,) if given.no_training else (False, True):
+        for name in given.only:
+            block(log, name, train, given.dry, ["fuse"] if train else given.ways, given.profile_train)
 
 
 if __name__ == "__main__":

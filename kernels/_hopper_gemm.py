@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._hopper_flash_tiles import MISSING, gl
-from ._hopper_gemm_kernel import kernel
+from ._hopper_gemm_kernel import hopper_gemm as kernel
 
 __all__ = ["CONFIGS", "MISSING", "Config", "call", "cannot_read", "config", "descriptor", "kernel", "ring",
            "stages_that_fit"]  # fmt: skip
@@ -29,13 +29,24 @@ PROGRAMS = 132  # SMs of an H100 or H200: where the sizes are known but no devic
 
 
 class Config(NamedTuple):
-    """Rows of a group and columns of a tile, steps of 64 under way, a tile for each group, tiles of rows in turn."""
+    """Rows of a group and columns of a tile, steps of 64 under way, a tile for each group, tiles of rows in turn.
+
+    `groups` share a tile, two or three; two take turns, each with its own, where `ping_pong`. `early`: the launch
+    begins before the one in front of it has ended (programmatic dependent launch), and then waits for it.
+    """
 
     block_m: int
     block_n: int
     stages: int
     ping_pong: bool = False
     together: int = 8
+    groups: int = 2
+    early: bool = False
+
+    @property
+    def shared(self) -> int:
+        """How many groups share a tile."""
+        return 1 if self.ping_pong else self.groups
 
 
 # With the part of a full rate that each reaches where it fills the GPU (benchmarks/results/linear_skip_hopper.jsonl).
@@ -55,9 +66,8 @@ def config(rows: int, columns: int, itemsize: int, skip: bool, keep: bool, lanes
         stages = stages_that_fit(how, itemsize, skip, keep, lanes)
         if stages < 3:
             continue
-        shared = 1 if how.ping_pong else 2
-        area = how.block_m * shared * how.block_n
-        tiles = -(-rows // (how.block_m * shared)) * -(-columns // how.block_n)
+        area = how.block_m * how.shared * how.block_n
+        tiles = -(-rows // (how.block_m * how.shared)) * -(-columns // how.block_n)
         # The last epilogue of a ping-pong is one group's, and runs beside nothing.
         cost = area * (-(-tiles // PROGRAMS) / rate + (0.3 if how.ping_pong else 0.0))
         if best is None or cost < best[0]:
@@ -80,9 +90,10 @@ def stages_that_fit(how: Config, itemsize: int, skip: bool, keep: bool, lanes: i
         keep: the product is written, too.
         lanes: vectors over the columns, at least 1.
     """
-    step = 2 * BLOCK_K * (how.block_m * (1 if how.ping_pong else 2) + how.block_n)
+    step = 2 * BLOCK_K * (how.block_m * how.shared + how.block_n)
     parts = ring(how.block_n, skip)
-    fixed = 2 * how.block_m * PART * (parts * itemsize + (2 if keep else 0)) + lanes * how.block_n * 8 + 512
+    results = how.block_m * PART * (parts * itemsize + (2 if keep else 0))
+    fixed = how.groups * (results + lanes * how.block_n * 4) + 512
     return min(how.stages, (SHARED - fixed) // step)
 
 
@@ -111,6 +122,7 @@ def descriptor(x: Tensor, rows: int, lanes: int) -> Any:
 def call(how: Config, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor | None, out: Tensor,
          linear: Tensor | None, mode: str, factors: tuple[Any, ...] = (None, 0, 0, 0, None, 0, 0, 0),
          kinds: tuple[str, str] = ("none", "none"), numbers: tuple[float, float] = (1.0, 1.0),
+         functions: tuple[str, str] = ("x", "x"),
          length: int = 1) -> tuple[int, list[Any], dict[str, Any]]:  # fmt: skip
     """How to launch `kernel`: grid, arguments and constants.
 
@@ -122,6 +134,7 @@ def call(how: Config, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor 
         factors: a, its strides over batch, position and lane, b and its strides.
         kinds: what a and b have numbers for: "row", "lane", "full" or "none".
         numbers: alpha and beta.
+        functions: of a and of b (`_pointwise`), for rows and lanes.
         length: positions in a batch.
     """
     rows, inner = y.shape
@@ -136,10 +149,12 @@ def call(how: Config, y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor 
     ]  # fmt: skip
     constants = {
         "N": columns, "K": int(inner), "A": kinds[0], "B": kinds[1], "MODE": mode, "ONE_A": numbers[0] == 1,
-        "ONE_B": numbers[1] == 1, "W_ROWS": w_rows, "PING_PONG": how.ping_pong, "BLOCK_M": how.block_m,
+        "ONE_B": numbers[1] == 1, "A_OF": functions[0], "B_OF": functions[1],
+        "W_ROWS": w_rows, "SHARED": how.shared, "BLOCK_M": how.block_m,
         "BLOCK_N": how.block_n, "BLOCK_K": BLOCK_K, "PART": PART, "RING": ring(how.block_n, x is not None),
-        "STAGES": how.stages, "TOGETHER": how.together, "num_warps": 4,
+        "STAGES": how.stages, "TOGETHER": how.together, "EARLY": how.early,
+        "num_warps": 4, **({"launch_pdl": True} if how.early else {}),
     }  # fmt: skip
-    tiles = -(-rows // (how.block_m * (1 if how.ping_pong else 2))) * -(-columns // how.block_n)
+    tiles = -(-rows // (how.block_m * how.shared)) * -(-columns // how.block_n)
     programs = torch.cuda.get_device_properties(y.device).multi_processor_count
     return min(tiles, programs), arguments, constants

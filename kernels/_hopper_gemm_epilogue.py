@@ -1,6 +1,7 @@
 """The epilogues of `_hopper_gemm_kernel`, in Triton's Gluon."""
 
 from ._hopper_flash_tiles import MISSING, gl, gluon
+from ._hopper_pointwise import function
 
 if not MISSING:
     from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
@@ -21,21 +22,21 @@ def _towards(start, end, weight, LERP: gl.constexpr):
 
 
 @gluon.jit
-def per_row(pointer, stride_b, stride_s, row, length, keep, KIND: gl.constexpr):
+def per_row(pointer, stride_b, stride_s, row, length, keep, KIND: gl.constexpr, OF: gl.constexpr):
     """A coefficient's numbers of the rows, or zeros where it has none of its own for them."""
     result = (row * 0).to(gl.float32)
     if KIND == "row":
         at = (row // length).to(gl.int64) * stride_b + (row % length).to(gl.int64) * stride_s
-        result = gl.load(pointer + at, keep, other=0.0).to(gl.float32)
+        result = function(gl.load(pointer + at, keep, other=0.0).to(gl.float32), OF)
     return result
 
 
 @gluon.jit
-def per_lane(pointer, stride, n, BLOCK_N: gl.constexpr, N: gl.constexpr):
+def per_lane(pointer, stride, n, BLOCK_N: gl.constexpr, N: gl.constexpr, OF: gl.constexpr):
     """A vector's numbers of the tile's columns."""
     layout: gl.constexpr = gl.BlockedLayout([BLOCK_N // 128 if BLOCK_N > 128 else 1], [32], [4], [0])
     col = n + gl.arange(0, BLOCK_N, layout)
-    return gl.load(pointer + col.to(gl.int64) * stride, col < N, other=0.0).to(gl.float32)
+    return function(gl.load(pointer + col.to(gl.int64) * stride, col < N, other=0.0).to(gl.float32), OF)
 
 
 @gluon.jit

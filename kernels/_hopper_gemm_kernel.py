@@ -12,6 +12,7 @@ if not MISSING:
         warpgroup_mma,
         warpgroup_mma_wait,
     )
+    from triton.language.extra.cuda import gdc_wait
 
     from ._hopper_gemm_epilogue import finish, per_lane, per_row, synchronize
 
@@ -52,10 +53,11 @@ def _stage_before(stage, STAGES: gl.constexpr):
 
 @gluon.jit
 def _produce(y, w, x, places, barriers, items, rows, N: gl.constexpr, STEPS: gl.constexpr, W_ROWS: gl.constexpr,
-             PING_PONG: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-             PART: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr):  # fmt: skip
+             SHARED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+             PART: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     """Moves the steps of one tile after the other, and x's tile when the place for it is free."""
-    GROUPS: gl.constexpr = 1 if PING_PONG else 2  # that share a tile
+    if EARLY:
+        gdc_wait()
     PARTS: gl.constexpr = BLOCK_N // PART
     # Not before the groups have begun the tile: until then they read the one before. They free the place earlier.
     X_AT: gl.constexpr = STAGES if STAGES < STEPS else STEPS - 1
@@ -66,12 +68,12 @@ def _produce(y, w, x, places, barriers, items, rows, N: gl.constexpr, STEPS: gl.
     x_phase = 1
     group = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        m, n = _place(item, rows, N, BLOCK_M * GROUPS, BLOCK_N, TOGETHER)
+        m, n = _place(item, rows, N, BLOCK_M * SHARED, BLOCK_N, TOGETHER)
         for k in range(STEPS):
             mbarrier.wait(empty.index(stage), phase)
-            mbarrier.expect(full.index(stage), GROUPS * y.block_type.nbytes + w.block_type.nbytes)
-            for i in gl.static_range(GROUPS):
-                async_load(y, [m + i * BLOCK_M, k * BLOCK_K], full.index(stage), y_s.index(stage * GROUPS + i))
+            mbarrier.expect(full.index(stage), SHARED * y.block_type.nbytes + w.block_type.nbytes)
+            for i in gl.static_range(SHARED):
+                async_load(y, [m + i * BLOCK_M, k * BLOCK_K], full.index(stage), y_s.index(stage * SHARED + i))
             if W_ROWS:
                 async_load(w, [n, k * BLOCK_K], full.index(stage), w_s.index(stage))
             else:
@@ -79,14 +81,14 @@ def _produce(y, w, x, places, barriers, items, rows, N: gl.constexpr, STEPS: gl.
             stage, phase = next_stage(stage, phase, STAGES)
             if x is not None:  # noqa: SIM102 (known when it is compiled)
                 if k == X_AT:
-                    for i in gl.static_range(GROUPS):
+                    for i in gl.static_range(SHARED):
                         at = group + i
                         mbarrier.wait(x_empty.index(at), x_phase)
                         mbarrier.expect(x_full.index(at), PARTS * x.block_type.nbytes)
                         for part in gl.static_range(PARTS):
                             async_load(x, [m + i * BLOCK_M, n + part * PART], x_full.index(at),
                                        x_s.index(at * PARTS + part))  # fmt: skip
-        if PING_PONG:
+        if SHARED == 1:
             x_phase ^= group  # each group has had one
             group ^= 1
         else:
@@ -96,11 +98,11 @@ def _produce(y, w, x, places, barriers, items, rows, N: gl.constexpr, STEPS: gl.
 @gluon.jit
 def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, items, N: gl.constexpr,
              STEPS: gl.constexpr, A: gl.constexpr, B: gl.constexpr, MODE: gl.constexpr, ONE_A: gl.constexpr,
-             ONE_B: gl.constexpr, W_ROWS: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_M: gl.constexpr,
-             BLOCK_N: gl.constexpr, PART: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr,
-             TOGETHER: gl.constexpr):  # fmt: skip
-    """A group's rows of each tile, or, PING_PONG, every other tile."""
-    GROUPS: gl.constexpr = 1 if PING_PONG else 2
+             ONE_B: gl.constexpr, A_OF: gl.constexpr, B_OF: gl.constexpr, W_ROWS: gl.constexpr,
+             SHARED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PART: gl.constexpr,
+             RING: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    """A group's rows of each tile, or, where only one group has it, every other tile."""
+    PING_PONG: gl.constexpr = SHARED == 1
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     LANES: gl.constexpr = 1 + (A == "lane") + (B == "lane")
     FREED: gl.constexpr = 2 if STEPS > 2 else STEPS - 1  # by then the stores of the tile before are done
@@ -108,6 +110,8 @@ def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, i
     _, _, rows, length = numbers
     y_s, w_s, x_s, l_s, v_s = places
     full, empty, x_full, x_empty, turn = barriers
+    if EARLY:
+        gdc_wait()
     step = gl.num_programs(0)
     begun = gl.program_id(0)
     stage = 0
@@ -118,20 +122,20 @@ def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, i
         begun += GROUP * step
         if GROUP == 1:
             stage, phase = _skip_tile(stage, phase, STEPS, STAGES)
-    for item in range(begun, items, step * (3 - GROUPS)):
-        m, n = _place(item, rows, N, BLOCK_M * GROUPS, BLOCK_N, TOGETHER)
+    for item in range(begun, items, step * (2 if PING_PONG else 1)):
+        m, n = _place(item, rows, N, BLOCK_M * SHARED, BLOCK_N, TOGETHER)
         if not PING_PONG:
             m += GROUP * BLOCK_M
         # What the epilogue reads begins its way before the product.
         row = m + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-        of_a = per_row(a, strides[0], strides[1], row, length, row < rows, A)
-        of_b = per_row(b, strides[3], strides[4], row, length, row < rows, B)
+        of_a = per_row(a, strides[0], strides[1], row, length, row < rows, A, A_OF)
+        of_b = per_row(b, strides[3], strides[4], row, length, row < rows, B, B_OF)
         if bias is not None:
-            bias_lanes = per_lane(bias, 1, n, BLOCK_N, N)
+            bias_lanes = per_lane(bias, 1, n, BLOCK_N, N, "x")
         if A == "lane":
-            a_lanes = per_lane(a, strides[2], n, BLOCK_N, N)
+            a_lanes = per_lane(a, strides[2], n, BLOCK_N, N, A_OF)
         if B == "lane":
-            b_lanes = per_lane(b, strides[5], n, BLOCK_N, N)
+            b_lanes = per_lane(b, strides[5], n, BLOCK_N, N, B_OF)
         acc = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, layout=layout)
         if PING_PONG:
             # Until the other group has seen its last step, a stage's barrier may be two rounds behind, and then its
@@ -140,7 +144,7 @@ def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, i
             turn_phase ^= 1
         for k in range(STEPS):
             mbarrier.wait(full.index(stage), phase)
-            left = y_s.index(stage if PING_PONG else stage * 2 + GROUP)
+            left = y_s.index(stage if PING_PONG else stage * SHARED + GROUP)
             right = w_s.index(stage)
             if W_ROWS:
                 right = right.permute((1, 0))
@@ -174,38 +178,41 @@ def _consume(GROUP: gl.constexpr, tensors, strides, numbers, places, barriers, i
 
 
 @gluon.jit
-def kernel(y, w, x, out, linear, bias, a, a_b, a_s, a_n, b, b_b, b_s, b_n, alpha, beta, rows, length, N: gl.constexpr,
-           K: gl.constexpr, A: gl.constexpr, B: gl.constexpr, MODE: gl.constexpr, ONE_A: gl.constexpr,
-           ONE_B: gl.constexpr, W_ROWS: gl.constexpr, PING_PONG: gl.constexpr, BLOCK_M: gl.constexpr,
-           BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PART: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr,
-           TOGETHER: gl.constexpr):  # fmt: skip
-    """Tiles of [2 * BLOCK_M, BLOCK_N], or [BLOCK_M, BLOCK_N] by turns, one after the other.
+def hopper_gemm(y, w, x, out, linear, bias, a, a_b, a_s, a_n, b, b_b, b_s, b_n, alpha, beta, rows, length,
+                N: gl.constexpr, K: gl.constexpr, A: gl.constexpr, B: gl.constexpr, MODE: gl.constexpr,
+                ONE_A: gl.constexpr, ONE_B: gl.constexpr, A_OF: gl.constexpr, B_OF: gl.constexpr,
+                W_ROWS: gl.constexpr, SHARED: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                BLOCK_K: gl.constexpr, PART: gl.constexpr, RING: gl.constexpr, STAGES: gl.constexpr,
+                TOGETHER: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    """Tiles of [SHARED * BLOCK_M, BLOCK_N] by SHARED groups, or of [BLOCK_M, BLOCK_N] by two in turns for one.
 
-    A and B: what a and b have numbers for, "row", "lane", "full" or "none"; ONE_A, ONE_B: alpha and beta are 1.
+    A and B: what a and b have numbers for, "row", "lane", "full" or "none"; ONE_A, ONE_B: alpha and beta are 1;
+    A_OF, B_OF: functions of them, for rows and lanes.
     """
-    SHARED: gl.constexpr = 1 if PING_PONG else 2
+    GROUPS: gl.constexpr = 2 if SHARED == 1 else SHARED
     STEPS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     items = gl.cdiv(rows, BLOCK_M * SHARED) * ((N + BLOCK_N - 1) // BLOCK_N)
 
     y_s = gl.allocate_shared_memory(y.dtype, [STAGES * SHARED, BLOCK_M, BLOCK_K], y.layout)
     w_s = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_type.shape, w.layout)
-    x_s = gl.allocate_shared_memory(out.dtype, [2 * RING, BLOCK_M, PART], out.layout)
+    x_s = gl.allocate_shared_memory(out.dtype, [GROUPS * RING, BLOCK_M, PART], out.layout)
     l_s = x_s
     if linear is not None:
-        l_s = gl.allocate_shared_memory(linear.dtype, [2, BLOCK_M, PART], linear.layout)
+        l_s = gl.allocate_shared_memory(linear.dtype, [GROUPS, BLOCK_M, PART], linear.layout)
     LANES: gl.constexpr = 1 + (A == "lane") + (B == "lane")  # vectors over the columns, with the bias
-    v_s = gl.allocate_shared_memory(gl.float32, [2 * LANES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    v_s = gl.allocate_shared_memory(gl.float32, [GROUPS * LANES, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    x_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    x_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    x_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=SHARED)
-    for i in gl.static_range(2):
+    for i in gl.static_range(GROUPS):
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(x_empty.index(i), count=1)
+    for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
 
@@ -215,11 +222,28 @@ def kernel(y, w, x, out, linear, bias, a, a_b, a_s, a_n, b, b_b, b_s, b_n, alpha
     numbers = (alpha, beta, rows, length)
     places = (y_s, w_s, x_s, l_s, v_s)
     barriers = (full, empty, x_full, x_empty, turn)
-    gl.warp_specialize([
-        (_consume, (0, tensors, strides, numbers, places, barriers, items, N, STEPS, A, B, MODE, ONE_A, ONE_B, W_ROWS,
-                    PING_PONG, BLOCK_M, BLOCK_N, PART, RING, STAGES, TOGETHER)),
-        (_consume, (1, tensors, strides, numbers, places, barriers, items, N, STEPS, A, B, MODE, ONE_A, ONE_B, W_ROWS,
-                    PING_PONG, BLOCK_M, BLOCK_N, PART, RING, STAGES, TOGETHER)),
-        (_produce, (y, w, x, places, barriers, items, rows, N, STEPS, W_ROWS, PING_PONG, BLOCK_M, BLOCK_N, BLOCK_K,
-                    PART, STAGES, TOGETHER)),
-    ], [4, 1], [240, 24])  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_work, (role, y, w, x, tensors, strides, numbers, places, barriers, items, N, STEPS, A, B, MODE, ONE_A,
+                     ONE_B, A_OF, B_OF, W_ROWS, SHARED, BLOCK_M, BLOCK_N, BLOCK_K, PART, RING, STAGES, TOGETHER,
+                     EARLY))
+            for role in (0, 1, 2, 3)[: GROUPS + 1]
+        ],
+        [4] * (GROUPS - 1) + [1],
+        [240 if GROUPS == 2 else 160] * (GROUPS - 1) + [24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _work(ROLE: gl.constexpr, y, w, x, tensors, strides, numbers, places, barriers, items, N: gl.constexpr,
+          STEPS: gl.constexpr, A: gl.constexpr, B: gl.constexpr, MODE: gl.constexpr, ONE_A: gl.constexpr,
+          ONE_B: gl.constexpr, A_OF: gl.constexpr, B_OF: gl.constexpr, W_ROWS: gl.constexpr, SHARED: gl.constexpr,
+          BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, PART: gl.constexpr,
+          RING: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    """What a group of warps does."""
+    if (2 if SHARED == 1 else SHARED) > ROLE:
+        _consume(ROLE, tensors, strides, numbers, places, barriers, items, N, STEPS, A, B, MODE, ONE_A, ONE_B, A_OF,
+                 B_OF, W_ROWS, SHARED, BLOCK_M, BLOCK_N, PART, RING, STAGES, TOGETHER, EARLY)  # fmt: skip
+    else:
+        _produce(y, w, x, places, barriers, items, numbers[2], N, STEPS, W_ROWS, SHARED, BLOCK_M, BLOCK_N,
+                 BLOCK_K, PART, STAGES, TOGETHER, EARLY)  # fmt: skip

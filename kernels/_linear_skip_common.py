@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _pointwise
 from ._ops import no_triton
 
 MODES = ("sum", "lerp", "lerp_back", "step", "step_back")
@@ -33,6 +34,8 @@ class Spec(NamedTuple):
     mode: str
     save_linear: bool
     out_dtype: torch.dtype
+    a_of: str = _pointwise.IDENTITY
+    b_of: str = _pointwise.IDENTITY
 
 
 def _require(ok: bool, argument: str, value: object, allowed: str) -> None:
@@ -72,6 +75,9 @@ def check(t: Operands, spec: Spec) -> None:
         if tensor is not None:
             _require(tensor.is_floating_point(), f"{name}.dtype", tensor.dtype, "floating-point types")
             _require(tensor.device == t.x.device, f"{name}.device", tensor.device, f"x's, {t.x.device}")
+    for name, program in (("a_of", spec.a_of), ("b_of", spec.b_of)):
+        reason = _pointwise.problem(program)
+        _require(reason is None, name, f"{program!r}: {reason}", "functions as `_pointwise` writes them")
     plain = t.a is None and spec.alpha == 1
     _require(spec.mode == "sum" or plain, "a or alpha", "given", "None and 1 but for the mode sum: b is the weight")
 
@@ -103,11 +109,23 @@ def acc_dtype(t: Operands) -> torch.dtype:
     return torch.float64 if torch.float64 in (t.x.dtype, t.y.dtype) else torch.float32
 
 
-def coefficient(tensor: Tensor | None, number: float, dtype: torch.dtype) -> Tensor | float:
-    """number * tensor, in a dtype."""
+def coefficient(
+    tensor: Tensor | None, number: float, dtype: torch.dtype, of: str = _pointwise.IDENTITY
+) -> Tensor | float:
+    """number * of(tensor), in a dtype."""
     if tensor is None:
         return number
-    return tensor.to(dtype) if number == 1 else tensor.to(dtype) * number
+    found = _pointwise.evaluate(of, tensor.to(dtype))
+    return found if number == 1 else found * number
+
+
+def evaluated(t: Operands, spec: Spec) -> tuple[Operands, Spec]:
+    """The same combination with the coefficients' own values."""
+    a, b = (
+        None if tensor is None else tensor if of == _pointwise.IDENTITY else _pointwise.evaluate(of, tensor.float())
+        for tensor, of in ((t.a, spec.a_of), (t.b, spec.b_of))
+    )
+    return t._replace(a=a, b=b), spec._replace(a_of=_pointwise.IDENTITY, b_of=_pointwise.IDENTITY)
 
 
 def scaled(x: Tensor, by: Tensor | float) -> Tensor:
@@ -128,6 +146,13 @@ def slopes(a: Tensor | float, b: Tensor | float, mode: str) -> tuple[Tensor | fl
     if mode == "sum":
         return a, b
     return (b, 1 - b) if mode.endswith("back") else (1 - b, b)
+
+
+def into_coefficient(full: Tensor, tensor: Tensor, number: float, of: str) -> Tensor:
+    """The gradient of a coefficient's tensor, from that of its value at each element."""
+    found = summed(full, tensor.shape) * number
+    slope = _pointwise.slope(of, tensor.to(full.dtype))
+    return found if slope is None else found * slope
 
 
 def summed(full: Tensor, shape: Sequence[Any]) -> Tensor:

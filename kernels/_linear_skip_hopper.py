@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import _hopper_gemm
-from ._linear_skip_common import Operands, Spec
+from ._linear_skip_common import Operands, Spec, evaluated
 from ._ops import INTERPRETED, Launch, on_device_of
+from ._pointwise import IDENTITY
 
 
 def cannot_take(t: Operands, spec: Spec) -> str | None:
@@ -76,6 +77,9 @@ def launch(t: Operands, spec: Spec, out: Tensor, linear: Tensor | None, how: _ho
         linear: the product's, or None if it is not kept.
         how: the tiles; None: `_hopper_gemm.config`'s.
     """
+    if any(c is not None and of != IDENTITY and kind(rank3(c)) == "full"
+           for c, of in ((t.a, spec.a_of), (t.b, spec.b_of))):  # fmt: skip
+        t, spec = evaluated(t, spec)
     alike = [None if z is None else (z.shape, z.stride(), z.dtype, z.device, z.data_ptr() % 16) for z in t]
     key = (spec, how, *alike)
     y = t.y.reshape(-1, t.weight.shape[1])
@@ -118,6 +122,7 @@ def _first(t: Operands, spec: Spec, y: Tensor, x: Tensor | None, bias: Tensor | 
     if how is None:
         return None
     call = _hopper_gemm.call(how, y, t.weight, bias, x, out, linear, spec.mode, (a, *strides(a), b, *strides(b)),
-                             (kind(a), kind(b)), (spec.alpha, spec.beta), int(rank3(t.x).shape[1]))  # fmt: skip
+                             (kind(a), kind(b)), (spec.alpha, spec.beta), (spec.a_of, spec.b_of),
+                             int(rank3(t.x).shape[1]))  # fmt: skip
     with on_device_of(t.x):
         return Launch(_hopper_gemm.kernel, *call)

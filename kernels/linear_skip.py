@@ -14,6 +14,7 @@ operands, a tiled one of Triton's tutorials. Both have fp32 sums, combined befor
   y, weight and bias are of one dtype: fp32 (without TF32), bf16 or fp16; fp64 is left to the reference.
 - x: [B, S, N] or [S, N], last stride 1, other strides as they are, of any of these dtypes.
 - a, b: any that broadcast to x (one number a sample, a token, a channel, or all), any strides, or None for 1.
+- a_of, b_of: functions that a and b are taken through first, as text (`_pointwise`): c_skip(t) of t itself.
 - alpha, beta: numbers. Where a coefficient is 0 the product with 0 stays in: inf and NaN come through.
 - save_linear: also return the linear layer's result, in y's dtype, for the gradient of b; without it that gradient
   computes the product once more.
@@ -42,6 +43,8 @@ from ._linear_skip_common import (
     check,
     coefficient,
     combine,
+    evaluated,
+    into_coefficient,
     no_kernel,
     scaled,
     slopes,
@@ -76,7 +79,7 @@ PROGRAMS = 120  # about as many as an H100 or H200 has SMs
 
 
 def config(rows: Any, columns: int, dtype: torch.dtype) -> Config:
-    """The largest tile that gives every SM enough; benchmarks/bench_attention_skip.py --sweep tries others.
+    """The largest tile that gives every SM enough; benchmarks/bench_linear_skip.py --sweep tries others.
 
     A symbolic number of rows takes the first: a comparison would be a guard.
     """
@@ -97,12 +100,13 @@ def supports(t: Operands, spec: Spec) -> str | None:
 
 def reference(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
               alpha: float, beta: float, mode: str, save_linear: bool,
-              out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
+              out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x") -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op in plain torch, with its arguments: differentiable, compilable, float64 for float64 inputs."""
     t = Operands(y, weight, bias, x, a, b)
     dtype = acc_dtype(t)
     linear = F.linear(y, weight, bias).reshape(x.shape)
-    out = combine(x.to(dtype), linear.to(dtype), coefficient(a, alpha, dtype), coefficient(b, beta, dtype), mode)
+    one, two = coefficient(a, alpha, dtype, a_of), coefficient(b, beta, dtype, b_of)
+    out = combine(x.to(dtype), linear.to(dtype), one, two, mode)
     out = out.to(out_dtype).contiguous()
     return out, linear.detach().clone() if save_linear else y.new_empty(0)
 
@@ -123,8 +127,8 @@ def _results(t: Operands, spec: Spec) -> tuple[Tensor, Tensor]:
 
 def _forward(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
              alpha: float, beta: float, mode: str, save_linear: bool,
-             out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
-    t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype)
+             out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x") -> tuple[Tensor, Tensor]:  # fmt: skip
+    t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype, a_of, b_of)
     check(t, spec)
     if supports(t, spec) is not None:
         return reference(*t, *spec)
@@ -135,6 +139,7 @@ def _forward(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tenso
 
 def _tiled(t: Operands, spec: Spec) -> tuple[Tensor, Tensor]:
     """By Triton's kernel."""
+    t, spec = evaluated(t, spec)
     out, linear = _results(t, spec)
     columns, inner = int(t.weight.shape[0]), int(t.weight.shape[1])
     flat, whole = t.y.reshape(-1, inner), rank3(t.x)
@@ -162,8 +167,8 @@ hopper_config: _hopper_gemm.Config | bool | None = None
 
 def _by_either(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
                alpha: float, beta: float, mode: str, save_linear: bool,
-               out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
-    t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype)
+               out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x") -> tuple[Tensor, Tensor]:  # fmt: skip
+    t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype, a_of, b_of)
     if hopper_config is not False and x.numel() > 0:
         out, linear = _results(t, spec)
         how = None if isinstance(hopper_config, bool) else hopper_config
@@ -174,8 +179,8 @@ def _by_either(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Ten
 
 def _by_either_fake(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
                     alpha: float, beta: float, mode: str, save_linear: bool,
-                    out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _results(Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype))
+                    out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x") -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _results(Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype, a_of, b_of))
 
 
 hopper_linear_skip = define_opaque_op("torch_fuse::hopper_linear_skip", _by_either, _by_either_fake)
@@ -187,8 +192,8 @@ linear_skip = define_op("torch_fuse::linear_skip", _forward)
 @linear_skip.register_fake
 def _fake(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
           alpha: float, beta: float, mode: str, save_linear: bool,
-          out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # fmt: skip
-    t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype)
+          out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x") -> tuple[Tensor, Tensor]:  # fmt: skip
+    t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype, a_of, b_of)
     check(t, spec)
     return _results(t, spec)
 
@@ -217,7 +222,9 @@ def _backward(ctx: Any, grad: Tensor | None, _linear: Tensor | None) -> tuple[An
     y, weight, bias, x, a, b, linear = ctx.saved_tensors
     spec, (into_y, into_weight, into_bias, into_x, into_a, into_b) = ctx.spec, ctx.needs_input_grad[:OPERANDS]
     wide = grad.to(ctx.dtype)
-    by_x, by_linear = slopes(coefficient(a, spec.alpha, ctx.dtype), coefficient(b, spec.beta, ctx.dtype), spec.mode)
+    by_x, by_linear = slopes(
+        coefficient(a, spec.alpha, ctx.dtype, spec.a_of), coefficient(b, spec.beta, ctx.dtype, spec.b_of), spec.mode
+    )
     found: list[Tensor | None] = [None] * OPERANDS
     if into_y or into_weight or into_bias:
         full = scaled(wide, by_linear)
@@ -228,14 +235,14 @@ def _backward(ctx: Any, grad: Tensor | None, _linear: Tensor | None) -> tuple[An
     if into_x:
         found[3] = scaled(wide, by_x)
     if into_a:
-        found[4] = summed(wide * x, a.shape) * spec.alpha
+        found[4] = into_coefficient(wide * x, a, spec.alpha, spec.a_of)
     if into_b:
         if ctx.recompute or torch.is_grad_enabled():
             linear = F.linear(y, weight, bias).reshape(grad.shape)
         towards = linear.to(ctx.dtype)
         if spec.mode != "sum":
             towards = x - towards if spec.mode.endswith("back") else towards - x
-        found[5] = summed(wide * towards, b.shape) * spec.beta
+        found[5] = into_coefficient(wide * towards, b, spec.beta, spec.b_of)
     return *(None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)), *[None] * len(
         spec
     )

@@ -9,8 +9,9 @@ Inductor writes the projection, reads it and x, and writes the sum: three passes
 time. In the product's epilogue two of the three are gone. By the bytes that pays for weights of up to 1,536 lanes: for
 wider ones a product that is 20 % slower than the GEMM library's costs more than the passes. The coefficients stay on
 the device and may need gradients. Where a norm follows a sum with a plain x, `gated_residual_norm` and Inductor take
-the sum with it. Measured on Hopper (32,768 x 768: 75 against 109 us; 4,096 x 512: 8.3 against 12.1); other GPUs and
-coefficients of [B, 1, N] only with options["unmeasured"].
+the sum with it. Measured on Hopper (32,768 x 768: 75 against 109 us; 4,096 x 512: 8.3 against 12.1); only with
+options["unmeasured"]: other GPUs, coefficients of [B, 1, N], and those that the kernel computes itself, which are
+elementwise functions of one tensor, as c_skip(t).
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from torch_fuse._compat import is_traceable_wrapper_subclass, no_guards
 from torch_fuse.graph.memory import in_memory, read_from_memory
 from torch_fuse.graph.miss import Kept
 from torch_fuse.graph.norm import norms_of, strip_casts
+from torch_fuse.graph.pointwise import Pointwise, match_pointwise
 from torch_fuse.graph.residual_norm import match_sum
 from torch_fuse.graph.skip import Coefficient, Skip, match_skip
-from torch_fuse.graph.values import equal, size_hint, static_int, tensor
-from torch_fuse.kernels import linear_skip
+from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor
+from torch_fuse.kernels import _linear_skip_hopper, linear_skip
 from torch_fuse.options import Options
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
@@ -64,9 +66,11 @@ class AttentionSkip(Pattern):
         if norm is not None:
             raise Kept(f"{norm.name} follows: the sum goes into one kernel with the norm", anchor)
         factors = [factor for c in (skip.a, skip.b) for factor, _ in c.factors]
-        operands = (skip.linear.input, skip.linear.weight, skip.linear.bias, skip.x, *factors)
+        functions = tuple(_function(c, skip, view) for c in (skip.a, skip.b))
+        leaves = [found.leaf for found in functions if found is not None]
+        operands = (skip.linear.input, skip.linear.weight, skip.linear.bias, skip.x, *factors, *leaves)
         inputs = tuple(dict.fromkeys(node for node in operands if node is not None))
-        bindings = {"skip": skip, "fake_mode": view.fake_mode}
+        bindings = {"skip": skip, "fake_mode": view.fake_mode, "functions": functions}
         return Match(anchor, bindings, (skip.node,), skip.nodes, inputs, _describe(skip))
 
     def check(self, match: Match, options: Options) -> str | None:
@@ -102,8 +106,15 @@ class AttentionSkip(Pattern):
         linear = skip.linear
         weight = builder.call("t", linear.weight) if linear.transposed else linear.weight
         op = linear_skip.reference if options.kernels == "reference" else linear_skip.linear_skip
-        a, b = (_emit(c, builder) for c in (skip.a, skip.b))
-        found = builder.call(op, linear.input, weight, linear.bias, skip.x, a, b, *_spec(skip))
+        spec = _spec(skip)
+        # Elsewhere the kernel would be given the values: Inductor computes those of both coefficients in one kernel.
+        taken = options.unmeasured and _linear_skip_hopper.cannot_take(_operands(skip), spec) is None
+        inside = taken or options.kernels == "reference"
+        functions = match.bindings["functions"] if inside else (None, None)
+        a, b = (_emit(c, of, builder) for c, of in zip((skip.a, skip.b), functions, strict=True))
+        a_of, b_of = ("x" if of is None else of.function for of in functions)
+        spec = spec._replace(a_of=a_of, b_of=b_of)
+        found = builder.call(op, linear.input, weight, linear.bias, skip.x, a, b, *spec)
         return {skip.node: builder.call(operator.getitem, found, 0)}
 
     def spellings(self) -> Iterator[Example]:
@@ -205,8 +216,21 @@ def _describe(skip: Skip) -> str:
     return f"({named(skip.a)}) * x + ({named(skip.b)}) * projection {weight}"
 
 
-def _emit(coefficient: Coefficient, builder: Builder) -> Node | None:
-    """The product of a coefficient's tensors, in fp32 where there are several; None where there is none."""
+def _function(coefficient: Coefficient, skip: Skip, view: GraphView) -> Pointwise | None:
+    """A coefficient as a function of a tensor in memory, which the kernel computes, or None."""
+    result, x, y = (tensor(node) for node in (skip.node, skip.x, skip.linear.input))
+    assert result is not None and x is not None and y is not None
+    computed = torch.float64 if torch.float64 in (x.dtype, y.dtype) else torch.float32
+    return match_pointwise(coefficient.factors, (computed, result.dtype), result.requires_grad, view.order, skip.node)
+
+
+def _emit(coefficient: Coefficient, function: Pointwise | None, builder: Builder) -> Node | None:
+    """What the op is given of a coefficient: what it is a function of, or the product of its tensors, in fp32 where
+    there are several; None where there is none."""
+    if function is not None:
+        leaf = tensor(function.leaf)
+        same = leaf is not None and same_shape([-1, *leaf.shape[1:]], function.shape)
+        return function.leaf if same else builder.call("reshape", function.leaf, function.shape)
     product: Node | None = None
     alone = len(coefficient.factors) == 1
     for factor, divides in coefficient.factors:

@@ -35,7 +35,12 @@ def descriptor(rows: int, lanes: int, dtype: str = "bf16") -> str:
 
 @pytest.mark.skipif(not _ops.HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize(
-    ("how", "mode"), [(_hopper_gemm.Config(64, 256, 3), "sum"), (_hopper_gemm.Config(128, 128, 3, True), "gelu")]
+    ("how", "mode"),
+    [
+        (_hopper_gemm.Config(64, 256, 3), "sum"),
+        (_hopper_gemm.Config(128, 128, 3, True), "gelu"),
+        (_hopper_gemm.Config(64, 128, 4, groups=3, early=True), "sum"),
+    ],
 )
 def test_the_kernel_compiles_with_this_triton(how: _hopper_gemm.Config, mode: str) -> None:
     """Without a GPU; neither spilled registers nor more shared memory than there is, and products on tensor cores."""
@@ -47,8 +52,9 @@ def test_the_kernel_compiles_with_this_triton(how: _hopper_gemm.Config, mode: st
     skip = mode == "sum"
     known: dict[str, Any] = {
         "N": 768, "K": 768, "A": "none", "B": "lane" if skip else "none", "MODE": mode, "ONE_A": True, "ONE_B": True,
-        "W_ROWS": skip, "PING_PONG": how.ping_pong, "BLOCK_M": how.block_m, "BLOCK_N": how.block_n, "BLOCK_K": 64,
+        "W_ROWS": skip, "SHARED": how.shared, "BLOCK_M": how.block_m, "BLOCK_N": how.block_n, "BLOCK_K": 64,
         "PART": 64, "RING": _hopper_gemm.ring(how.block_n, skip), "STAGES": how.stages, "TOGETHER": 8, "a": None,
+        "EARLY": how.early, "A_OF": "x", "B_OF": "div tanh x sqrt add:1.0 square x" if skip else "x",
     }  # fmt: skip
     parts = descriptor(how.block_m, 64)
     weight = descriptor(how.block_n, 64) if skip else descriptor(64, how.block_n)
@@ -63,7 +69,10 @@ def test_the_kernel_compiles_with_this_triton(how: _hopper_gemm.Config, mode: st
     signature = {name: "constexpr" if name in known else kinds.get(name, "i32") for name in names}
     constants = {(names.index(name),): value for name, value in known.items()}
     source = GluonASTSource(fn=_hopper_gemm.kernel, signature=signature, constexprs=constants)
-    compiled = _ops.triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    options = {"num_warps": 4, "launch_pdl": how.early}
+    compiled = _ops.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    # Each role waits for the launch before, of which the epilogue's operands may come.
+    assert compiled.asm["ptx"].count("griddepcontrol.wait") == (how.groups + 1 if how.early else 0)
     assert compiled.asm["ptx"].count("wgmma.mma_async") > 0
     fixed = (2, skip, not skip, 2 if skip else 1)
     assert _hopper_gemm.stages_that_fit(how, *fixed) == how.stages
@@ -184,8 +193,19 @@ def assert_right(t: Operands, spec: Spec, how: _hopper_gemm.Config | None = None
 @pytest.mark.parametrize("ping_pong", [False, True])
 @pytest.mark.parametrize(("block_m", "block_n"), [(64, 64), (64, 128), (64, 256), (128, 128)])
 def test_every_tile(block_m: int, block_n: int, ping_pong: bool) -> None:
+    assert_every_size(_hopper_gemm.Config(block_m, block_n, 3, ping_pong, together=2))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("block_n", [64, 128])
+def test_three_groups_on_a_tile_and_early_launches(block_n: int) -> None:
+    assert_every_size(_hopper_gemm.Config(64, block_n, 3, together=2, groups=3, early=True))
+    assert_every_size(_hopper_gemm.Config(64, block_n, 3, True, together=2, early=True))
+
+
+def assert_every_size(how: _hopper_gemm.Config) -> None:
     """Several tiles for each program, and some that end outside; the ring is longer than the product and shorter."""
-    how = _hopper_gemm.Config(block_m, block_n, 3, ping_pong, together=2)
     for rows, inner in ((64, 64), (5000, 192), (9001, 768)):
         t = case(1, rows, 336, inner, device="cuda")
         assert_right(t, Spec(1.0, 1.0, "sum", False, torch.bfloat16), how)
@@ -206,3 +226,18 @@ def test_every_mode_coefficient_and_layout(mode: str, save: bool) -> None:
             assert_right(given, spec)
         assert_right(t._replace(weight=t.weight.t().contiguous().t(), bias=None), spec)
         assert_right(t._replace(x=torch.cat([t.x, t.x], 2)[..., 336:]), spec)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("kind", ["row", "lane", "full"])
+def test_functions_of_coefficients(kind: str) -> None:
+    t = case(3, 333, 336, 192, device="cuda")
+    size = {"row": (3, 1, 1), "lane": (336,), "full": (3, 1, 336)}[kind]
+    t = t._replace(a=torch.rand(size, device="cuda") + 0.1, b=torch.rand(size, device="cuda") + 0.1)
+    for a_of, b_of in (
+        ("rdiv:0.25 add:0.25 square x", "div mul:0.5 x sqrt add:0.25 square x"),
+        ("rdiv:1.0 add cos x sin x", "div neg sin x add cos x sin x"),
+        ("rsub:1.0 sigmoid x", "mul tanh x exp neg x"), ("rsqrt x", "sub reciprocal x mul x x"),
+    ):  # fmt: skip
+        assert_right(t, Spec(1.0, 1.0, "sum", False, torch.bfloat16, a_of, b_of))

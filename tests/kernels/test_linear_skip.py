@@ -134,6 +134,24 @@ def test_every_broadcast_of_the_coefficients(kind: str, mode: str) -> None:
     assert_no_worse(*case(kind, kind, mode, alpha=-0.5, beta=0.25), torch.float32)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["sample", "channel", "full"])
+def test_functions_of_the_coefficients_and_their_gradients(kind: str, mode: str) -> None:
+    t, spec = case(kind, kind, mode, beta=0.25)
+    spec = spec._replace(a_of="rdiv:0.25 add:0.25 square x", b_of="div mul:0.5 x sqrt add:0.25 square x")
+    given = cast(t, torch.float32, grad=True)
+    leaves = [x for x in given if x is not None]
+    a = None if given.a is None else 0.25 / (given.a**2 + 0.25)
+    plain = given._replace(a=a, b=0.5 * given.b / (given.b**2 + 0.25).sqrt())
+    seed = torch.randn(t.x.shape, device=DEVICE)
+    ours, theirs = fused(given, spec), unfused(plain, spec)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for x, y in zip(*(torch.autograd.grad(out, leaves, seed) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"b_of is 'log x': 'log'; allowed"):
+        fused(given, spec._replace(b_of="log x"))
+
+
 @pytest.mark.parametrize("how", CONFIGS, ids=str)
 @pytest.mark.parametrize("early", [False, True])
 def test_every_tile(how: Config, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
