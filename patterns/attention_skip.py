@@ -113,7 +113,7 @@ class AttentionSkip(Pattern):
         functions = match.bindings["functions"] if inside else (None, None)
         a, b = (_emit(c, of, builder) for c, of in zip((skip.a, skip.b), functions, strict=True))
         a_of, b_of = ("x" if of is None else of.function for of in functions)
-        spec = spec._replace(a_of=a_of, b_of=b_of)
+        spec = spec._replace(a_of=a_of, b_of=b_of, one_pass=options.unmeasured)
         found = builder.call(op, linear.input, weight, linear.bias, skip.x, a, b, *spec)
         return {skip.node: builder.call(operator.getitem, found, 0)}
 
