@@ -28,9 +28,17 @@ from ._ops import define_opaque_op, launch, no_triton, on_device_of, tl, triton
 from ._pointwise import IDENTITY, evaluate
 from ._tile_pointwise import function
 
-BLOCK_M, NUM_WARPS = 8, 4
-# Programs on each of an H200's 132 multiprocessors: 16 warps with 48 bytes under way from each lane keep memory busy.
-PROGRAMS = 4 * 132
+
+class Config(NamedTuple):
+    """Rows of a tile, warps, and programs that the GPU should get."""
+
+    block_m: int
+    num_warps: int
+    programs: int
+
+
+# An H200 has 132 multiprocessors, each with room for four: 49 KB under way in each keep its memory busy.
+CONFIG = Config(8, 4, 4 * 132)
 # With fewer rows of a sample than these the partial sums would be a good part of what is read.
 MIN_LENGTH = 64
 
@@ -49,7 +57,7 @@ def parts_of(batch: Any, length: Any, width: int) -> int:
     """Programs that share a sample's rows: about 4 programs on a multiprocessor; 16 where sizes are symbolic."""
     if not isinstance(batch, int) or not isinstance(length, int):
         return 16
-    return max(min(PROGRAMS // max(batch * tiles(width), 1), -(-length // BLOCK_M)), 1)
+    return max(min(CONFIG.programs // max(batch * tiles(width), 1), -(-length // CONFIG.block_m)), 1)
 
 
 def sums_of(shape: Any, rank: int) -> str | None:
@@ -184,7 +192,8 @@ def _launch(grad: Tensor, x: Tensor | None, linear: Tensor | None, b: Tensor | N
              of_bias, of_a, of_b, float(beta), length, parts)  # fmt: skip
     constants = {
         "N": width, "B": _read_as(b), "B_OF": b_of, "MODE": mode, "ONE_B": beta == 1, "BIASED": biased,
-        "A_SUMS": a_sums, "B_SUMS": b_sums, "BLOCK_M": BLOCK_M, "BLOCK_N": block_n(width), "num_warps": NUM_WARPS,
+        "A_SUMS": a_sums, "B_SUMS": b_sums, "BLOCK_M": CONFIG.block_m, "BLOCK_N": block_n(width),
+        "num_warps": CONFIG.num_warps,
     }  # fmt: skip
     with on_device_of(grad):
         launch(linear_skip_backward_kernel, batch * parts * tiles(width), given, constants)
@@ -235,7 +244,7 @@ class Gradients(NamedTuple):
 def why_not(grad: Tensor, x: Tensor | None, linear: Tensor | None, a: Tensor | None, b: Tensor | None, spec: Spec,
             wanted: Sequence[bool]) -> str | None:  # fmt: skip
     """Why one pass cannot have, or does not pay for, the gradients; installs no guard. Arguments: see `gradients`."""
-    into_bias, into_a, into_b = wanted
+    _, into_a, into_b = wanted
     if b is None and spec.beta == 1 and not spec.mode.endswith("back"):
         return "the products read the gradient as it is"
     if not any(wanted):
