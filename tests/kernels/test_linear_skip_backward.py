@@ -204,8 +204,7 @@ def test_a_gradient_of_the_gradient_is_taken_apart_and_that_of_the_pass_refused(
 
 
 @pytest.mark.skipif(_ops.INTERPRETED, reason="compiled")
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", True), ("inductor", False)])
 def test_compiled(backend: str, dynamic: bool) -> None:
     torch._dynamo.reset()
 
@@ -240,4 +239,4 @@ def test_programs_fill_the_gpu_and_share_no_row(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
 def test_kernel_in_the_interpreter() -> None:
-    passes_in_interpreter(__file__, select="not opcheck")
+    passes_in_interpreter(__file__, select="not opcheck and not asked and not float32 and not gradient_of_the_gradient")
