@@ -238,8 +238,8 @@ def _backward(ctx: Any, grad: Tensor | None, _linear: Tensor | None) -> tuple[An
     found[3] = scaled(wide, by_x) if into_x else None
     flat: Tensor | None = None
     shared, wanted = (grad, x, linear, a, b, spec), (into_bias, into_a, into_b)
-    # The one pass has no gradient of its own.
-    if spec.one_pass and not again and (into_y or into_weight) and why_not(*shared, wanted) is None:
+    one = spec.one_pass and not again and ctx.dtype == torch.float32  # the pass has no gradient of its own
+    if one and (into_y or into_weight) and why_not(*shared, wanted) is None:
         flat, found[2], found[4], found[5] = gradients(*shared, wanted, weight.dtype)
     else:
         if into_y or into_weight or into_bias:

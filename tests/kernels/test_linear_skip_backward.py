@@ -163,6 +163,15 @@ def test_gradients_of_any_layout(layout: str, passes: list[Any]) -> None:
     assert len(passes) == 1
 
 
+@pytest.mark.parametrize("wide", ["x", "y weight bias", "b"])
+def test_float64_is_taken_apart(wide: str, passes: list[Any]) -> None:
+    t, spec = case("sample", "sample")
+    t = cast(t, torch.float32)
+    t = t._replace(**{name: getattr(t, name).double() for name in wide.split()})
+    gradients(t, spec._replace(one_pass=True), ["y", "bias"], torch.ones(t.x.shape, device=DEVICE))
+    assert not passes
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_are_where_they_are_taken_apart(value: float, mode: str, passes: list[Any]) -> None:
