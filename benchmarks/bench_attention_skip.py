@@ -6,8 +6,8 @@
 
 The block is x [B, N, C] -> QKV -> attention -> projection -> c_skip(t) * x + c_out(t) * projection, t for each sample,
 bfloat16, whose gradient is asked in the backward pass: forward, and forward + backward, in CUDA graphs that take turns;
-errors against float64. The ways: `fuse`; `early`, whose last launch begins before attention's has ended; `three`, with
-three groups on a tile; `both`; `measured`, whose attention is the fastest of those timed at compile time; `given`,
+errors against float64. The ways: `fuse`; `late`, whose last launch begins when attention's has ended; `three`, with
+three groups on a tile; `measured`, whose attention is the fastest of those timed at compile time; `given`,
 whose coefficients Inductor's kernel computes before the op; forward + backward: `fuse` and `apart`, where Inductor has
 the gradient of the combination. `ratio` is Inductor's time over the way's. Rows "account": the kernels of one call, by
 name, with microseconds; `--profile-train` gives only them, of the forward and backward pass.
@@ -49,7 +49,7 @@ SHAPES = {
     "1x7800x1536-fp32": (1, 7800, 1536, 12),
 }
 FUSE = {"unmeasured": True}
-WAYS = ("fuse", "early", "three", "both", "measured", "given", "apart")
+WAYS = ("fuse", "late", "three", "measured", "given", "apart")
 OF_TRAINING = ("fuse", "apart")
 
 
@@ -104,12 +104,11 @@ def ways_of(name: str, model: nn.Module, chosen: list[str], dry: bool) -> dict[s
     three = hopper.Config(64, 128, 4, groups=3)
     ways: dict[str, Callable[..., Tensor]] = {
         "eager": model, "inductor": torch.compile(model, dynamic=False), "fuse": fuse,
-        "early": with_tiles(fuse, how._replace(early=True)), "three": with_tiles(fuse, three),
-        "both": with_tiles(fuse, three._replace(early=True)), "measured": compiled(attention="measure"),
+        "late": with_tiles(fuse, how._replace(early=False)), "three": with_tiles(fuse, three),
+        "measured": compiled(attention="measure"),
     }  # fmt: skip
     if -(-batch * length // 192) * -(-width // 128) < 132:  # less than a tile for each multiprocessor
         ways.pop("three")
-        ways.pop("both")
     ways["given"] = with_values(compiled(fuel=1 << 20))  # other options, or Dynamo took the other's graph
     ways["apart"] = taken_apart(compiled(fuel=1 << 21))
     return {label: way for label, way in ways.items() if label in ("eager", "inductor", *chosen)}

@@ -60,12 +60,14 @@ WITHOUT = {
     "without_attention": {"ATTENTION": 0},
     "without_barriers": {"BARRIERS": 0},
     "without_both": {"ATTENTION": 0, "BARRIERS": 0},
+    "out_first": {"OUT_FIRST": 1},
     "prefetch_4": {"PREFETCH": 4},
     "prefetch_10": {"PREFETCH": 10},
+    "out_first_prefetch_10": {"OUT_FIRST": 1, "PREFETCH": 10},
 }
 CHOICES: list[dict[str, int]] = [
     {"matrix_warps": 8}, {"matrix_warps": 11}, {"max_chunk": 10240}, {"max_chunk": 12288, "matrix_warps": 8},
-    {"splits": 2}, {"splits": 8}, {"max_slots": 6},
+    {"max_slots": 4}, {"max_slots": 6}, {"max_slots": 8}, {"splits": 2}, {"splits": 8},
 ]  # fmt: skip
 
 
@@ -180,16 +182,16 @@ def measure(log: Log, name: str, s: Stack, live: int, makers: dict[str, Callable
                   tb_s=round(moved(s, live) / ms / 1e9, 3), of_floor=round(ms / floor, 3), **fields)  # fmt: skip
 
 
-EVENTS = ("begin", "stream", "projected", "up", "inner", "down", "attended", "out", "query", "tasks")
+EVENTS = ("begin", "stream", "projected", "up", "inner", "first", "attended", "out", "query", "tasks")
 
 
-def traced(log: Log, name: str, s: Stack) -> None:
+def traced(log: Log, name: str, s: Stack, out_first: int) -> None:
     """Where a step's time goes: for each event of a layer, us after the first block's begin, over layers but the first.
 
     `mean` and `last` are of the blocks; stream, inner and attended come after a wait. In a parallel decoder: begin
-    (wait for the stream) stream (QKV) projected (up) up (wait) inner (down) down (wait) attended (out) out.
+    (wait for the stream) stream (QKV) projected (up) up (wait) inner (MLP down) first (wait) attended (out) out.
     """
-    found = launching.ready(s, trace=True)
+    found = launching.ready(s, (("OUT_FIRST", out_first),), trace=True)
     if isinstance(found, str):
         raise RuntimeError(found)
     for _ in range(3):  # the last one counts
@@ -206,12 +208,20 @@ def traced(log: Log, name: str, s: Stack) -> None:
         mean = after.sum(0) / there.sum(0).clamp(min=1)
         rows[event] = [round(float(mean.mean()), 2), round(float(after.amax(0).mean()), 2)]
     layer = (times[:, :, 0].amin(0)[1:] - begin[:-1]).mean()
+    order = (("attended", 3, 6), ("inner", 5, 4)) if out_first else (("inner", 3, 4), ("attended", 5, 6))
     waits = {
-        name: [round(float((times[:, :, b] - times[:, :, a]).mean()), 2),
+        wait: [round(float((times[:, :, b] - times[:, :, a]).mean()), 2),
                round(float((times[:, :, b] - times[:, :, a]).amin(0).mean()), 2)]
-        for name, a, b in (("stream", 0, 1), ("inner", 3, 4), ("attended", 5, 6))
+        for wait, a, b in (("stream", 0, 1), *order)
     }  # fmt: skip
-    log.write(what="trace", name=name, layer_us=round(float(layer), 2), mean_last_us=rows, waits_mean_least_us=waits)
+    log.write(
+        what="trace",
+        name=name,
+        out_first=out_first,
+        layer_us=round(float(layer), 2),
+        mean_last_us=rows,
+        waits_mean_least_us=waits,
+    )
 
 
 def chain(s: Stack) -> Callable[[], Any]:
@@ -249,7 +259,8 @@ def run(log: Log, name: str, dry: bool, sweep: bool, times: int, parts: bool, wi
     if dry:
         return
     if parts:
-        traced(log, name, s)
+        for out_first in (0, 1):
+            traced(log, name, s, out_first)
         for way, macros in WITHOUT.items():
             measure(log, name, s, live, {way: lambda m=macros: launched(s, m)})
     if with_chain and s.parallel:

@@ -1,12 +1,14 @@
 """dequant_linear against fp16 cuBLAS, Inductor on the written-out dequantisation, and tinygemm.
 
-    bench_dequant_linear.py --shapes 2 --formats int8,int4_g128_zero --rows 64,256 --out rows.jsonl  # 70 s on an H200
-    bench_dequant_linear.py --shapes 2 --formats int8,int4_g128_zero --out results.jsonl  # 140 s
-    bench_dequant_linear.py --out results.jsonl                                # all formats and shapes, 500 s
+    bench_dequant_linear.py --shapes 2 --formats int8,int4_g128_zero --out rows.jsonl  # 140 s on an H200
+    bench_dequant_linear.py --shapes 2 --formats q8_0,q4_k,gptq,q4_0,hqq_halves --rows 8,1,64,512 --out a.jsonl  # 5 min
+    bench_dequant_linear.py --rows 16,32 --shapes 1 --formats int8,int4_g128_zero,q8_0 --out rows.jsonl  # 30 s
+    bench_dequant_linear.py --crossover rows.jsonl  # `_dequant_dispatch.CROSSOVER` by these rows; needs no GPU
     bench_dequant_linear.py --sweep --shapes 2 --formats int8,int4_g128_zero --out sweep.jsonl  # configurations, 150 s
     bench_dequant_linear.py --dry                                              # tiny, on a CPU; also with --sweep
 
-Most of the time is for compiling.
+Most of the time is for compiling: Inductor is not asked at 16, 32, 128 and 256 rows. All formats, shapes and rows would
+take about 25 minutes. "fuse" is the whole layer through the backend, with what it computes of stored scales.
 
 Weights are rotated: a CUDA graph has as many products as fill 0.5 GB, so none is found in L2. Microseconds are of one
 product. Each result is compared with float64 first; a variant that fails is logged and left out. Rows that matter most
@@ -17,54 +19,30 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from common import Log, captured, interleaved_ms
+from dequant_formats import Parts, Stored, layouts
 from torch import Tensor
 
+import torch_fuse  # noqa: F401  # the backend
 from torch_fuse.kernels import _dequant_decode as decoding
 from torch_fuse.kernels import _dequant_rows as few
 from torch_fuse.kernels import _dequant_tiled as tiled
-from torch_fuse.kernels.packed_weight import Format, decode, weight_shape
+from torch_fuse.kernels._dequant_dispatch import Crossover
+from torch_fuse.kernels.packed_weight import decode, weight_shape
 
 SHAPES = [(10240, 2560), (14336, 4096), (8192, 8192), (28672, 4096)]
-ROWS = [64, 1, 8, 256, 512, 128]
-Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
-       0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]  # fmt: skip
-
-
-def formats(k: int) -> dict[str, Format]:
-    return {
-        "int8": Format(8, "int", 1, k, compute="float16"),
-        "int4_g128_zero": Format(4, "uint", 1, 128, compute="float16"),
-        "fp8": Format(8, "fp8_e4m3", 1, k, compute="float16"),
-        "nf4": Format(4, "lut16", 1, 64, nibbles="high", compute="float16"),
-        "int4_g128": Format(4, "uint", 1, 128, 8, compute="float16"),
-    }
-
-
-def weight(name: str, form: Format, n: int, k: int, device: str) -> Parts:
-    groups = (n, -(-k // form.group))
-    codes = torch.randint(0, 256, (n, k * form.bits // 8), dtype=torch.uint8, device=device)
-    if name == "fp8":
-        codes = torch.randn(n, k, device=device).to(torch.float8_e4m3fn)
-    elif name == "int8":
-        codes = codes.view(torch.int8)
-    scale = (torch.rand(groups, device=device) + 0.5).mul(0.01).half()
-    zero = torch.randint(4, 12, groups, device=device).half() if name.endswith("zero") else None
-    lut = torch.tensor(NF4, device=device) if name == "nf4" else None
-    return codes, scale, zero, lut
-
-
-def written_out(form: Format, x: Tensor, parts: Parts) -> Tensor:
-    """As users write it; torch.compile sees this."""
-    return F.linear(x, decode(*parts, form, x.dtype))
+ROWS = [64, 1, 8, 512, 16, 32, 256, 128]
+WITH_INDUCTOR = (1, 8, 64, 512)  # rows at which it is compiled
+WITH_FUSE = (8,)
 
 
 def failing(log: Log, name: str, call: Callable[[], Any], **fields: Any) -> str | None:
@@ -115,36 +93,75 @@ def measure(log: Log, what: str, variants: dict[str, Callable[[int], Any]], exac
     return us
 
 
+def weights(name: str, n: int, k: int, dry: bool, device: str) -> tuple[list[Stored], list[Parts], int]:
+    """As many weights as fill 0.5 GB, their parts, and the bytes of one."""
+    layout = layouts(k)[name]
+    size = sum(x.numel() * x.itemsize for x in layout.stored(16, k, "cpu") if x is not None) * n // 16
+    stored = [layout.stored(n, k, device) for _ in range(2 if dry else max(3, int(0.5e9 // size)))]
+    return stored, [layout.parts(n, k, *tensors) for tensors in stored], size
+
+
 def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, device: str) -> None:
-    form = formats(k)[name]
-    count = 2 if dry else max(3, int(0.5e9 // (n * k * form.bits // 8)))
-    weights = [weight(name, form, n, k, device) for _ in range(count)]
+    layout = layouts(k)[name]
+    form = layout.form
+    stored, parts, size = weights(name, n, k, dry, device)
+    count = len(stored)
     dense = [torch.randn(n, k, device=device).half() for _ in range(2 if dry else max(3, int(0.5e9 // (2 * n * k))))]
-    exact_weight = decode(*weights[0], form._replace(compute="float32"), torch.float64)
+    exact_weight = decode(*parts[0], form._replace(compute="float32"), torch.float64)
     packed: list[Tensor] = []
     if name == "int4_g128" and not dry:
         failing(log, "pack tinygemm", lambda: packed.extend(
-            torch.ops.aten._convert_weight_to_int4pack(parts[0], 8) for parts in weights))  # fmt: skip
+            torch.ops.aten._convert_weight_to_int4pack(codes, 8) for codes, *_ in parts))  # fmt: skip
         pairs = torch.rand(k // 128, n, 2, device=device).bfloat16()
     torch._dynamo.reset()
-    compiled = torch.compile(written_out, backend="eager" if dry else "inductor", dynamic=False)
+    compiled = torch.compile(layout.linear, backend="eager" if dry else "inductor", dynamic=False)
+    fused = torch.compile(layout.linear, backend="fuse", dynamic=False,
+                          options={"unmeasured": True, **({"kernels": "reference"} if dry else {})})  # fmt: skip
     for m in rows:
         x = torch.randn(m, k, device=device).half()
-        variants: dict[str, Callable[[int], Any]] = {
-            "fp16": lambda i, x=x: F.linear(x, dense[i % len(dense)]),
-            "inductor": lambda i, x=x: compiled(form, x, weights[i]),
-        }
-        if few.supports(x, *weights[0], form) is None:
-            variants["rows"] = lambda i, x=x: few.rows_linear(x, *weights[i], None, form)
-        if tiled.supports(x, *weights[0], form) is None and m >= 16:
-            variants["tiled"] = lambda i, x=x: tiled.tiled_linear(x, *weights[i], None, form)
-        if decoding.supports(x, *weights[0], form) is None and m >= 16:
-            variants["decode"] = lambda i, x=x: F.linear(x, decoding.decode_on_device(*weights[i], form, x.dtype))
+        variants: dict[str, Callable[[int], Any]] = {"fp16": lambda i, x=x: F.linear(x, dense[i % len(dense)])}
+        if m in WITH_INDUCTOR:
+            variants["inductor"] = lambda i, x=x: compiled(x, n, *stored[i])
+        if few.supports(x, *parts[0], form) is None:
+            variants["rows"] = lambda i, x=x: few.rows_linear(x, *parts[i], None, form)
+        if tiled.supports(x, *parts[0], form) is None and m >= 16:
+            variants["tiled"] = lambda i, x=x: tiled.tiled_linear(x, *parts[i], None, form)
+        if decoding.supports(x, *parts[0], form) is None and m >= 16:
+            variants["decode"] = lambda i, x=x: F.linear(x, decoding.decode_on_device(*parts[i], form, x.dtype))
+        if m in WITH_FUSE:
+            variants["fuse"] = lambda i, x=x: fused(x, n, *stored[i])
         if packed and m <= 64:
             bf16 = x.bfloat16()
             variants["tinygemm"] = lambda i, x=bf16: torch.ops.aten._weight_int4pack_mm(x, packed[i], 128, pairs)
         measure(log, "dequant_linear", variants, x.double() @ exact_weight.t(), count, dry, N=n, K=k, M=m, format=name,
-                floor_us=round((n * k * form.bits / 8 + 2 * m * (n + k)) / 4.8e6, 2))  # fmt: skip
+                bits=form.bits, floor_us=round((size + 2 * m * (n + k)) / 4.8e6, 2))  # fmt: skip
+
+
+def crossovers(lines: list[dict[str, Any]]) -> dict[int, Crossover]:
+    """The table that measured rows ask for, of 8 and 4 bits: what holds for all formats and sizes among them."""
+    times: dict[tuple[Any, ...], dict[int, dict[str, float]]] = {}
+    for line in lines:
+        if line.get("what") == "dequant_linear":
+            key = line["bits"], line["format"], line["N"], line["K"]
+            times.setdefault(key, {}).setdefault(line["M"], {}).update(line["us"])
+
+    def up_to(bits: int, one: str, other: str) -> int | None:
+        """The most rows up to which `one` beats `other` wherever both ran; None where they never did."""
+        both = {
+            (key, m): us[one] <= us[other]
+            for key, by_rows in times.items() if key[0] == bits
+            for m, us in by_rows.items() if one in us and other in us
+        }  # fmt: skip
+        lost = min((m for (_, m), won in both.items() if not won), default=None)
+        return max(
+            (m for (_, m), won in both.items() if won and (lost is None or m < lost)), default=0 if both else None
+        )
+
+    found = {}
+    for bits in sorted({key[0] for key in times}, reverse=True):
+        pairs = (("rows", "tiled"), ("rows", "decode"), ("tiled", "decode"))
+        found[bits] = Crossover(*(up_to(bits, *pair) for pair in pairs))  # type: ignore[arg-type]
+    return found
 
 
 CONFIGS = [few.Config(*each) for each in (
@@ -163,20 +180,20 @@ TILED = {  # by rows of x; of 4-bit codes, steps have 64 bytes
 
 
 def sweep(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, device: str) -> None:
-    form = formats(k)[name]
-    count = 2 if dry else max(3, int(0.5e9 // (n * k * form.bits // 8)))
-    weights = [weight(name, form, n, k, device) for _ in range(count)]
-    exact_weight = decode(*weights[0], form._replace(compute="float32"), torch.float64)
+    form = layouts(k)[name].form
+    _, parts, size = weights(name, n, k, dry, device)
+    count = len(parts)
+    exact_weight = decode(*parts[0], form._replace(compute="float32"), torch.float64)
     for m in rows:
         x = torch.randn(m, k, device=device).half()
-        reasons = [module.supports(x, *weights[0], form) for module in (few, tiled)]
+        reasons = [module.supports(x, *parts[0], form) for module in (few, tiled)]
         if None not in reasons:
             log.write(what="not supported", reasons=reasons)
             continue
         variants: dict[str, Callable[[int], Any]] = {}
         if reasons[0] is None and m <= 32:
             variants |= {
-                "/".join(map(str, each)): lambda i, x=x, each=each: few.rows_linear(x, *weights[i], None, form, each)
+                "/".join(map(str, each)): lambda i, x=x, each=each: few.rows_linear(x, *parts[i], None, form, each)
                 for each in CONFIGS if not (m > 16 and each.block_n < 32)
             }  # fmt: skip
         if reasons[1] is None and m > 16:
@@ -186,7 +203,7 @@ def sweep(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, devic
                 chosen = [c for c in chosen if c.teams < 4 or c.block_m <= 64]
             for each in dict.fromkeys(c._replace(tile=64) if form.bits == 4 else c for c in chosen):
                 variants["tiled/" + "/".join(map(str, each))] = lambda i, x=x, each=each: tiled.tiled_linear(
-                    x, *weights[i], None, form, each)  # fmt: skip
+                    x, *parts[i], None, form, each)  # fmt: skip
         start = time.perf_counter()
         with ThreadPoolExecutor(8) as pool:  # compiles; a failure is logged by `measure`
             for each in [pool.submit(call, 0) for call in variants.values()]:
@@ -195,7 +212,7 @@ def sweep(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, devic
         if us:
             best = min(us, key=us.__getitem__)
             log.write(what="best", N=n, K=k, M=m, format=name, config=best, us=us[best],
-                      GBs=round(n * k * form.bits / 8 / us[best] / 1e3),
+                      GBs=round(size / us[best] / 1e3),
                       seconds=round(time.perf_counter() - start))  # fmt: skip
 
 
@@ -205,9 +222,14 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--shapes", type=int, default=4, help="how many of the shapes")
-    parser.add_argument("--formats", default="int8,int4_g128_zero,fp8,nf4,int4_g128")
+    parser.add_argument("--formats", default=",".join(layouts(256)))
+    parser.add_argument("--crossover", help="print the table of dispatch that a file of rows asks for")
     parser.add_argument("--rows", default="")
     options = parser.parse_args()
+    if options.crossover:
+        lines = [json.loads(line) for line in Path(options.crossover).read_text().splitlines()]
+        Log(None).write(what="crossover", table={bits: row._asdict() for bits, row in crossovers(lines).items()})
+        return
     log = Log(options.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -221,7 +243,8 @@ def main() -> None:
     )
     each = sweep if options.sweep else compare
     for (n, k), name in itertools.product(shapes, options.formats.split(",")):
-        assert weight_shape(weight(name, formats(256)[name], 16, 256, device)[0], formats(256)[name]) == (16, 256)
+        small = layouts(256)[name]
+        assert weight_shape(small.parts(16, 256, *small.stored(16, 256, "cpu"))[0], small.form) == (16, 256)
         failing(log, "row", lambda n=n, k=k, name=name: each(log, n, k, name, rows[:2] if options.dry else rows,
                                                              options.dry, device), N=n, K=k, format=name)  # fmt: skip
         if device == "cuda":

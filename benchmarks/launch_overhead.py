@@ -27,7 +27,10 @@ from torch import Tensor
 from triton.backends.nvidia.driver import CudaLauncher
 from triton.compiler import CompiledKernel
 
-OPS = ("norm_linear_gemv", "linear_residual_gemv", "decode_attention", "dense_attention", "masked_attention")
+from torch_fuse.kernels.packed_weight import Format
+
+OPS = ("norm_linear_gemv", "linear_residual_gemv", "decode_attention", "dense_attention", "masked_attention",
+       "dequant_linear")  # fmt: skip
 HIDDEN, INNER, HEADS, DIM, SIZE, LENGTH = 256, 1024, 8, 64, 128, 256
 
 
@@ -64,8 +67,9 @@ def stubbed() -> Iterator[None]:
     """Ops on the CPU take their kernels' path, and launch nothing."""
     driver = SimpleNamespace(get_current_device=lambda: -1, get_current_stream=lambda _: 0)
     with contextlib.ExitStack() as stack:
-        for module in ("_gemv_common", "decode_attention", "_attention_arguments"):
+        for module in ("_gemv_common", "decode_attention", "_attention_arguments", "_dequant_rows", "_dequant_decode"):
             stack.enter_context(mock.patch(f"torch_fuse.kernels.{module}.no_triton", lambda _: None))
+        stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)))
         stack.enter_context(mock.patch.object(triton.runtime.jit.JITFunction, "run", lambda *_, **__: _Compiled()))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver, create=True))
         yield
@@ -87,6 +91,9 @@ def arguments(name: str, device: str) -> tuple[Any, ...]:
         w1, w2 = (torch.nn.Parameter(some(HIDDEN, n)) for n in (HIDDEN, INNER))
         b1, b2 = (torch.nn.Parameter(some(HIDDEN)) for _ in range(2))
         return some(1, 1, HIDDEN), some(1, 1, HIDDEN), w1, b1, some(1, 1, INNER), w2, b2
+    if name == "dequant_linear":
+        codes, scale = torch.randint(-128, 128, (INNER, HIDDEN), device=device).to(torch.int8), some(INNER, 1)
+        return some(1, 1, HIDDEN), codes, scale, None, None, some(INNER), *Format(8, "int", 1, HIDDEN), "gelu", False
     if name == "decode_attention":
         q, k, v = some(1, 1, HEADS, 3 * DIM).chunk(3, -1)
         cos, sin = (some(1, 1, DIM // 4) for _ in range(2))

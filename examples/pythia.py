@@ -4,6 +4,7 @@ The model is unmodified and torch_fuse is not imported before it is compiled: to
 
     python examples/pythia.py
     python examples/pythia.py --checkpoint DIRECTORY --device cuda --dtype bfloat16 --new-tokens 256
+    python examples/pythia.py --decode --checkpoint DIRECTORY --device cuda --dtype float16    # fused decoding steps
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import statistics
 import time
 
 import torch
-from transformers import AutoModelForCausalLM, CompileConfig, GPTNeoXConfig, GPTNeoXForCausalLM
+from _tables import captured, milliseconds
+from transformers import AutoModelForCausalLM, CompileConfig, GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
 
 
 def arguments() -> argparse.Namespace:
@@ -25,6 +27,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--mode", default=None, help="Inductor's mode; reduce-overhead on a GPU")
+    parser.add_argument(
+        "--decode", action="store_true",
+        help="with the fused decoding steps (options={'unmeasured': True}), and one step alone as a CUDA graph",
+    )  # fmt: skip
     args = parser.parse_args()
     for name in ("prompt_tokens", "new_tokens"):
         if getattr(args, name) < 2:
@@ -61,6 +67,41 @@ def generate(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int, **ho
     return generated, new_tokens / (time.perf_counter() - start)
 
 
+def decode_options(args: argparse.Namespace) -> dict[str, object]:
+    """Fused decoding steps, with the CUDA graphs of `reduce-overhead`: torch.compile takes a mode or options."""
+    graphs = {"inductor": {"triton.cudagraphs": True}} if args.mode == "reduce-overhead" else {}
+    return {"unmeasured": True, **graphs}
+
+
+def step_speed(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int, backend: str) -> float:
+    """Tokens in a second of the decoding step alone: a static cache, a CUDA graph on a GPU, no sampling."""
+    torch._dynamo.reset()
+    cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + max(new_tokens, 8))
+    options = {"unmeasured": True} if backend == "fuse" else None
+    step = model if backend == "eager" else torch.compile(model, backend=backend, fullgraph=True, options=options)
+    with torch.no_grad():
+        token = model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)
+
+        def take() -> None:
+            token.copy_(step(token, past_key_values=cache).logits[:, -1:].argmax(-1))
+
+        def rewind() -> None:
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(prompt.shape[1])
+
+        for _ in range(2):  # compiles
+            take()
+        rewind()
+        replay = take if backend == "eager" else captured(take, str(prompt.device))
+        rewind()
+
+        def run() -> None:
+            for _ in range(new_tokens):
+                replay()
+
+        return 1e3 * new_tokens / milliseconds(run, str(prompt.device))
+
+
 def main() -> int:
     args = arguments()
     print("building the model ...", flush=True)
@@ -70,6 +111,8 @@ def main() -> int:
     ways: dict[str, dict[str, object]] = {"eager": {"disable_compile": True}}
     for backend in ("inductor", "fuse"):
         compile_config = CompileConfig(backend=backend, mode=args.mode)
+        if args.decode and backend == "fuse":
+            compile_config = CompileConfig(backend=backend, mode=None, options=decode_options(args))
         # transformers compiles the decoding step on GPUs only, unless told otherwise
         compile_config._compile_all_devices = True
         ways[backend] = {"cache_implementation": "static", "compile_config": compile_config}
@@ -89,6 +132,13 @@ def main() -> int:
     for name, values in speeds.items():
         slow, *_, fast = sorted(values)
         print(f"{name:8} {statistics.median(values):8.1f}   ({slow:.1f} - {fast:.1f})")
+    if args.decode:
+        print(
+            "\ntokens/s of the decoding step alone"
+            + ("" if args.device == "cpu" else ", but for eager in a CUDA graph")
+        )
+        for name in ways:
+            print(f"{name:8} {step_speed(model, prompt, args.new_tokens, name):8.1f}", flush=True)
     same = tokens["eager"] == tokens["fuse"]
     agreeing = sum(a == b for a, b in zip(tokens["eager"], tokens["fuse"], strict=True))
     print(f"greedy tokens: {agreeing} of {args.new_tokens} as in eager")

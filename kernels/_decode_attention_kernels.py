@@ -7,10 +7,17 @@ from ._ops import tl, triton
 
 
 @triton.jit
-def _rotated(x, x_lane, cos, cos_d, sin, sin_d, keep, R: tl.constexpr, INTERLEAVED: tl.constexpr, C0: tl.constexpr,
-             C1: tl.constexpr, C2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr):  # fmt: skip
-    """The lanes `x_lane` of the heads at the pointers x (cos and sin: of their tables), rotated, in fp32."""
+def _rotated(x, x_lane, cos, cos_d, sin, sin_d, keep, weight, eps, w_offset, R: tl.constexpr, INTERLEAVED: tl.constexpr,
+             C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr,
+             S2: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """The lanes `x_lane` of the heads at the pointers x (cos and sin: of their tables), rotated, in fp32.
+
+    NORM: each head goes through an RMSNorm first; LANES is the dimension that its lanes lie along.
+    """
     own = tl.load(x + x_lane, keep, other=0.0).to(tl.float32)
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(own * own, LANES, keep_dims=True) / D + eps)
+        own = own * scale * (tl.load(weight + x_lane, x_lane < D, other=0.0).to(tl.float32) + w_offset)
     if R == 0:
         return own
     if INTERLEAVED:
@@ -20,6 +27,8 @@ def _rotated(x, x_lane, cos, cos_d, sin, sin_d, keep, R: tl.constexpr, INTERLEAV
         partner = tl.where(is_first, x_lane + R // 2, x_lane - R // 2)
     turns = keep & (x_lane < R)
     other = tl.load(x + partner, turns, other=0.0).to(tl.float32)
+    if NORM:
+        other = other * scale * (tl.load(weight + partner, x_lane < R, other=0.0).to(tl.float32) + w_offset)
     c = tl.load(cos + (C0 * pair + tl.where(is_first, C1, C2)) * cos_d, turns, other=1.0).to(tl.float32)
     s = tl.load(sin + (S0 * pair + tl.where(is_first, S1, S2)) * sin_d, turns, other=0.0).to(tl.float32)
     return own * c + tl.where(is_first, -other, other) * s
@@ -34,11 +43,13 @@ def _kept(mask_row, m_n, n, size, exists):
 @triton.jit
 def one_query_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, cos_b, cos_s, cos_d, sin, sin_b, sin_s,
                      sin_d, key_cache, kc_b, kc_h, kc_s, value_cache, vc_b, vc_h, vc_s, position, position_s, mask, m_b,
-                     m_h, m_s, m_n, size, partial, top_total, log2_scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-                     Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COUNTED: tl.constexpr, SPLITS: tl.constexpr,
+                     m_h, m_s, m_n, size, partial, top_total, log2_scale, q_weight, k_weight, eps, w_offset,
+                     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                     COUNTED: tl.constexpr, SPLITS: tl.constexpr,
                      TILES: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, C0: tl.constexpr,
                      C1: tl.constexpr, C2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr,
-                     DEEP: tl.constexpr, SIDE: tl.constexpr, OWN: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+                     DEEP: tl.constexpr, SIDE: tl.constexpr, OWN: tl.constexpr, EARLY: tl.constexpr,
+                     NORM: tl.constexpr):  # fmt: skip
     """One part of the keys of one head, for its only query: the tiles split, split + SPLITS, ... of DEEP * SIDE keys.
 
     Two waits for the memory: for the mask, then for all keys and values of a tile. A thread has DEEP keys to itself and
@@ -66,8 +77,8 @@ def one_query_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, 
     acc = tl.zeros([SIDE, DP], tl.float32)
     top, total = tl.full([SIDE], -float("inf"), tl.float32), tl.zeros([SIDE], tl.float32)
     # where the unfused graph rounds
-    query = _rotated(q + b * q_b + hk * q_h, lane, cos, cos_d, sin, sin_d, real, R, INTERLEAVED, C0, C1, C2, S0, S1,
-                     S2).to(dtype).to(tl.float32)  # fmt: skip
+    query = _rotated(q + b * q_b + hk * q_h, lane, cos, cos_d, sin, sin_d, real, q_weight, eps, w_offset, R,
+                     INTERLEAVED, C0, C1, C2, S0, S1, S2, D, NORM, 0).to(dtype).to(tl.float32)  # fmt: skip
     for tile in range(TILES):
         n = (split + tile * SPLITS) * (DEEP * SIDE) + inner
         following = seen
@@ -89,8 +100,8 @@ def one_query_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, 
         top = new_top
         seen = following
     mine = lane < tl.where(own, D, 0)
-    new_key = _rotated(k + b * k_b + hk * k_h, lane, cos, cos_d, sin, sin_d, mine, R, INTERLEAVED, C0, C1, C2, S0, S1,
-                       S2).to(dtype)  # fmt: skip
+    new_key = _rotated(k + b * k_b + hk * k_h, lane, cos, cos_d, sin, sin_d, mine, k_weight, eps, w_offset, R,
+                       INTERLEAVED, C0, C1, C2, S0, S1, S2, D, NORM, 0).to(dtype)  # fmt: skip
     new_value = tl.load(v + b * v_b + hk * v_h + lane, mine, other=0.0)
     seen_new = own & (tl.load(mask_row + tl.where(own, at, 0) * m_n) != 0)
     tl.store(key_cache + at * kc_s + lane, new_key, mine)
@@ -107,13 +118,19 @@ def one_query_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, 
 
 
 @triton.jit
-def _attend(query, key, value, attends, log2_scale, acc, top, total, WIDE: tl.constexpr):
-    """Adds keys [N, DP] to the softmax of queries [ROWS, DP]; key and value are zero where there are none."""
+def attend(query, key, value, attends, log2_scale, acc, top, total, WIDE: tl.constexpr, bias=None):
+    """Adds keys [N, DP] to the softmax of queries [ROWS, DP]; key and value are zero where there are none.
+
+    bias: what is added to the scores, times log2(e).
+    """
     if WIDE:
         s = tl.dot(query.to(tl.float32), tl.trans(key.to(tl.float32)), input_precision="ieee")
     else:
         s = tl.dot(query, tl.trans(key), input_precision="ieee")
-    s = tl.where(attends, s * log2_scale, -float("inf"))
+    s = s * log2_scale
+    if bias is not None:
+        s += bias
+    s = tl.where(attends, s, -float("inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
     p = tl.exp2(s - shift[:, None])
@@ -129,11 +146,13 @@ def _attend(query, key, value, attends, log2_scale, acc, top, total, WIDE: tl.co
 @triton.jit
 def queries_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, cos_b, cos_s, cos_d, sin, sin_b, sin_s,
                    sin_d, key_cache, kc_b, kc_h, kc_s, value_cache, vc_b, vc_h, vc_s, position, position_s, mask, m_b,
-                   m_h, m_s, m_n, size, partial, top_total, log2_scale, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-                   Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COUNTED: tl.constexpr, SPLITS: tl.constexpr,
+                   m_h, m_s, m_n, size, partial, top_total, log2_scale, q_weight, k_weight, eps, w_offset,
+                   KV_HEADS: tl.constexpr, GROUP: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                   COUNTED: tl.constexpr, SPLITS: tl.constexpr,
                    TILES: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
                    C2: tl.constexpr, S0: tl.constexpr, S1: tl.constexpr, S2: tl.constexpr, ROWS: tl.constexpr,
-                   NEW: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
+                   NEW: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
+                   NORM: tl.constexpr):  # fmt: skip
     """The same for all Q * GROUP queries that read a head of keys (padded to ROWS), on tensor cores."""
     log2_scale = tl.cast(log2_scale, tl.float32)
     dtype = key_cache.dtype.element_ty
@@ -156,8 +175,8 @@ def queries_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, co
         at = tl.load(position + fresh * position_s, is_new, other=-1).to(tl.int64)
     # where the unfused graph rounds
     query = _rotated(q + b * q_b + (hk * GROUP + g)[:, None] * q_h + i[:, None] * q_s, lane[None, :],
-                     cos + i[:, None] * cos_s, cos_d, sin + i[:, None] * sin_s, sin_d, exists[:, None] & real, R,
-                     INTERLEAVED, C0, C1, C2, S0, S1, S2).to(dtype)  # fmt: skip
+                     cos + i[:, None] * cos_s, cos_d, sin + i[:, None] * sin_s, sin_d, exists[:, None] & real, q_weight,
+                     eps, w_offset, R, INTERLEAVED, C0, C1, C2, S0, S1, S2, D, NORM, 1).to(dtype)  # fmt: skip
     acc = tl.zeros([ROWS, DP], tl.float32)
     top, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     for tile in range(TILES):
@@ -171,18 +190,18 @@ def queries_kernel(q, q_b, q_s, q_h, k, k_b, k_s, k_h, v, v_b, v_s, v_h, cos, co
         offset = n.to(tl.int64)[:, None]
         key = tl.load(key_cache + offset * kc_s + lane[None, :], there, other=0.0)
         value = tl.load(value_cache + offset * vc_s + lane[None, :], there, other=0.0)
-        acc, top, total = _attend(query, key, value, attends, log2_scale, acc, top, total, WIDE)
+        acc, top, total = attend(query, key, value, attends, log2_scale, acc, top, total, WIDE)
         seen = following
     own = is_new & (fresh < tl.where(split == 0, Q, 0)) & (at >= 0) & (at < size)
     there = own[:, None] & real
     new_key = _rotated(k + b * k_b + hk * k_h + fresh[:, None] * k_s, lane[None, :], cos + fresh[:, None] * cos_s,
-                       cos_d, sin + fresh[:, None] * sin_s, sin_d, there, R, INTERLEAVED, C0, C1, C2, S0, S1,
-                       S2).to(dtype)  # fmt: skip
+                       cos_d, sin + fresh[:, None] * sin_s, sin_d, there, k_weight, eps, w_offset, R, INTERLEAVED, C0,
+                       C1, C2, S0, S1, S2, D, NORM, 1).to(dtype)  # fmt: skip
     new_value = tl.load(v + b * v_b + hk * v_h + fresh[:, None] * v_s + lane[None, :], there, other=0.0)
     seen_new = tl.load(mask_row + at[None, :] * m_n, exists[:, None] & own[None, :], other=0) != 0
     tl.store(key_cache + at[:, None] * kc_s + lane[None, :], new_key, there)
     tl.store(value_cache + at[:, None] * vc_s + lane[None, :], new_value, there)
-    acc, top, total = _attend(query, new_key, new_value, seen_new, log2_scale, acc, top, total, WIDE)
+    acc, top, total = attend(query, new_key, new_value, seen_new, log2_scale, acc, top, total, WIDE)
     at_row = (pair * SPLITS + split).to(tl.int64) * (Q * GROUP) + row
     tl.store(top_total + 2 * at_row, top, exists)
     tl.store(top_total + 2 * at_row + 1, total, exists)

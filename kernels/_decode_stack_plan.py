@@ -107,8 +107,8 @@ def plan(sizes: Sizes, device: Device, matrix_warps: int | None = None, max_chun
     rounds = {name: round_rows // rows * rows for name, rows in in_chunk.items()}
     if min(rounds.values()) == 0:
         return f"a chunk has {max(in_chunk.values())} rows; allowed: {round_rows}"
-    if sizes.parallel and kept > rounds["OUT"]:
-        return f"{sizes.width} rows on {blocks} multiprocessors are over {rounds['OUT']} each"
+    if sizes.parallel and kept > min(rounds["OUT"], rounds["DOWN"]):
+        return f"{sizes.width} rows on {blocks} multiprocessors are over {min(rounds['OUT'], rounds['DOWN'])} each"
     rest = _rest_bytes(sizes, warps, round_rows, kept)
     slots = min((device.shared_bytes - rest) // (slot + 16), max_slots)
     if slots < 3:

@@ -6,7 +6,7 @@ subtracted from them in the same type.
 
 Of 4-bit codes, a byte has two weights: there are two results, of the low and of the high halves. The elements of a step
 come in the order `order`: integers 0, 2, 1, 3, as one mask then takes two of them from a word. Sums over them need no
-other order if the activations have the same.
+other order if the activations have the same. Where the four bytes are not of one row, they have to be as they lie.
 
 The idea is that of FasterTransformer's and Marlin's converters; see also "Who Says Elephants Can't Run" (Kim, 2022).
 """
@@ -21,9 +21,9 @@ from .packed_weight import Format
 FP16, BF16 = "fp16", "bf16"
 
 
-def order(form: Format) -> tuple[int, int, int, int]:
-    """Which of four bytes each element of a step comes from."""
-    return (0, 2, 1, 3) if form.bits == 4 and form.kind != "lut16" else (0, 1, 2, 3)
+def order(form: Format, natural: bool = False) -> tuple[int, int, int, int]:
+    """Which of four bytes each element of a step comes from; `natural`: as they lie in it, for an instruction more."""
+    return (0, 2, 1, 3) if form.bits == 4 and form.kind != "lut16" and not natural else (0, 1, 2, 3)
 
 
 def _pair(value: float, dtype: str) -> str:
@@ -78,23 +78,25 @@ def _floats(kind: str, dtype: str) -> list[str]:
     return lines
 
 
-def _nibbles(signed: bool, offset: int, dtype: str) -> list[str]:
+def _nibbles(signed: bool, offset: int, dtype: str, natural: bool) -> list[str]:
     """Eight integers w as a, b (the low halves of the bytes) and c, d (the high halves)."""
     flip = 8 if signed else 0
     less = offset + flip
+    # two bytes each in s and v, which have them in the places where a mask takes two codes
+    lines = ["prmt.b32 s, w, 0, 0x4140", "prmt.b32 v, w, 0, 0x4342"] if natural else ["mov.b32 s, w", "shr.u32 v, w, 8"]
     if dtype == FP16:  # 1024 + q, and 1024 + 16 q from where the high half lies
         low, high = f"0x{0x6400 + flip:04x}{0x6400 + flip:04x}", f"0x{0x6400 + 16 * flip:04x}{0x6400 + 16 * flip:04x}"
         return [
-            "shr.u32 v, w, 8",
-            f"lop3.b32 a, w, 0x000f000f, {low}, 0x6a", f"lop3.b32 b, v, 0x000f000f, {low}, 0x6a",
-            f"lop3.b32 c, w, 0x00f000f0, {high}, 0x6a", f"lop3.b32 d, v, 0x00f000f0, {high}, 0x6a",
+            *lines,
+            f"lop3.b32 a, s, 0x000f000f, {low}, 0x6a", f"lop3.b32 b, v, 0x000f000f, {low}, 0x6a",
+            f"lop3.b32 c, s, 0x00f000f0, {high}, 0x6a", f"lop3.b32 d, v, 0x00f000f0, {high}, 0x6a",
             f"mov.b32 u, {_pair(1024 + less, dtype)}", "sub.rn.f16x2 a, a, u", "sub.rn.f16x2 b, b, u",
             f"mov.b32 u, {_pair(1 / 16, dtype)}", f"mov.b32 v, {_pair(-64 - less, dtype)}",
             "fma.rn.f16x2 c, c, u, v", "fma.rn.f16x2 d, d, u, v",
         ]  # fmt: skip
     magic = f"0x{0x4300 + flip:04x}{0x4300 + flip:04x}"  # 128 + q
-    lines = ["mov.b32 a, w", "shr.u32 b, w, 8", "shr.u32 c, w, 4", "shr.u32 d, w, 12",
-             f"mov.b32 u, {_pair(1, dtype)}", f"mov.b32 v, {_pair(-128 - less, dtype)}"]  # fmt: skip
+    lines += ["mov.b32 a, s", "mov.b32 b, v", "shr.u32 c, s, 4", "shr.u32 d, v, 4",
+              f"mov.b32 u, {_pair(1, dtype)}", f"mov.b32 v, {_pair(-128 - less, dtype)}"]  # fmt: skip
     lines += [f"lop3.b32 {r}, {r}, 0x000f000f, {magic}, 0x6a" for r in "abcd"]
     return lines + [f"fma.rn.bf16x2 {r}, {r}, u, v" for r in "abcd"]
 
@@ -119,7 +121,7 @@ def _entries(first: int) -> list[str]:
 
 
 @functools.cache
-def convert(form: Format, dtype: str, zeros: int = 0) -> tuple[str, str]:
+def convert(form: Format, dtype: str, zeros: int = 0, natural: bool = False) -> tuple[str, str]:
     """The instructions for four bytes of codes to `dtype` (FP16 or BF16), and the constraints of their operands.
 
     Results: four weights as two registers, or two times four of 4-bit codes. Operands: the bytes; then `zeros` zero
@@ -134,7 +136,7 @@ def convert(form: Format, dtype: str, zeros: int = 0) -> tuple[str, str]:
     elif form.bits == 8:
         body = _integers(form.kind == "int", form.offset, dtype)
     else:
-        body = _nibbles(form.kind == "int", form.offset, dtype)
+        body = _nibbles(form.kind == "int", form.offset, dtype, natural)
     if zeros and dtype == BF16:
         body.append(f"mov.b32 u, {_pair(-1, dtype)}")
     for zero in range(zeros):
@@ -147,9 +149,9 @@ def convert(form: Format, dtype: str, zeros: int = 0) -> tuple[str, str]:
 
 
 @functools.cache
-def split(form: Format) -> tuple[str, str]:
+def split(form: Format, natural: bool = False) -> tuple[str, str]:
     """Instructions for four pairs of activations: their even ones as $0, $1, their odd ones as $2, $3, in `order`."""
-    a, b, c, d = (f"r{i}" for i in order(form))
+    a, b, c, d = (f"r{i}" for i in order(form, natural))
     lines = [f"mov.b32 r{i}, ${4 + i}" for i in range(4)]
     lines += [f"prmt.b32 $0, {a}, {b}, 0x5410", f"prmt.b32 $1, {c}, {d}, 0x5410",
               f"prmt.b32 $2, {a}, {b}, 0x7632", f"prmt.b32 $3, {c}, {d}, 0x7632"]  # fmt: skip

@@ -3,16 +3,19 @@
 Arithmetic is in fp32, rounded to the format's type after each step: with 24 bits that is what a step of 8 or 11 bits
 would give. It is bound by what it writes, so all else is done once for the weights of a chunk: neighbours in a row that
 share a scale, eight as a rule, which a thread stores with one instruction of 16 bytes. Neighbouring threads have
-neighbouring chunks, of rows that follow each other in memory.
+neighbouring chunks: of a row, or, where rows are closer to each other in memory than a row's pieces (GPTQ), four chunks
+of eight rows.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._dequant_layout import bytes_in_row, bytes_of, from_aligned, run_of, strides
 from ._ops import INTERPRETED, launch, no_triton, on_device_of, tl, triton
 from .packed_weight import COMPUTE, Format, decode, weight_shape
 
@@ -27,10 +30,10 @@ def supports(
         return reason
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype is {x.dtype}; allowed: fp16, bf16"
-    if form.nibbles.startswith("rows"):
-        return f"4-bit codes are {form.nibbles!r}: a byte has two rows"
-    if not all(part is None or part.is_contiguous() for part in (codes, scale, zero, lut)):
-        return "codes, scale, zero point or table are not contiguous"
+    if bytes_of(codes) is None:
+        return f"codes {list(codes.shape)} have strides {list(codes.stride())}; allowed: pieces at one distance"
+    if lut is not None and not lut.is_contiguous():
+        return "the table is not contiguous"
     if form.kind == "fp8_e4m3" and not INTERPRETED and torch.cuda.get_device_capability(x.device) < (8, 9):
         return "the device is older than sm_89"
     if form.kind == "lut16" and zero is not None:
@@ -60,22 +63,23 @@ def _number(q, lut, KIND: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr
 
 @triton.jit
 def _shared(values, n, column, inside, ROWS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-            COMPUTE: tl.constexpr):  # fmt: skip
+            STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     """A chunk's scale or zero point. Integers go through fp32, as in torch."""
-    at = n // ROWS
+    at = (n // ROWS).to(tl.int64) * STRIDE_N
     if GROUPS > 1:
-        at = at.to(tl.int64) * GROUPS + column // GROUP
+        at += (column // GROUP).to(tl.int64) * STRIDE_K
     return tl.load(values + at, inside, other=0).to(tl.float32).to(COMPUTE).to(tl.float32)
 
 
 @triton.jit
 def _weight(value, n, column, inside, scale, zero, out, ROWS: tl.constexpr, GROUP: tl.constexpr,
-            GROUPS: tl.constexpr, ARITHMETIC: tl.constexpr, COMPUTE: tl.constexpr, ZERO: tl.constexpr):  # fmt: skip
+            GROUPS: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, ZERO: tl.constexpr,
+            ZERO_N: tl.constexpr, ZERO_K: tl.constexpr, ARITHMETIC: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
     """Weights of chunks as `out` has them, from their codes' numbers."""
     if ARITHMETIC != "output":
-        s = _shared(scale, n, column, inside, ROWS, GROUP, GROUPS, COMPUTE)
+        s = _shared(scale, n, column, inside, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K, COMPUTE)
         if ZERO:
-            z = _shared(zero, n, column, inside, ROWS, GROUP, GROUPS, COMPUTE)
+            z = _shared(zero, n, column, inside, ROWS, GROUP, GROUPS, ZERO_N, ZERO_K, COMPUTE)
         if ZERO and ARITHMETIC == "sub_mul":
             value = (value - z).to(COMPUTE).to(tl.float32)
         value = value * s
@@ -90,26 +94,51 @@ def _weight(value, n, column, inside, scale, zero, out, ROWS: tl.constexpr, GROU
 
 
 @triton.jit
-def _kernel(codes, scale, zero, lut, out, count, K: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr,
-            RUN: tl.constexpr, HIGH_FIRST: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
-            OFFSET: tl.constexpr, ARITHMETIC: tl.constexpr, COMPUTE: tl.constexpr, EXACT: tl.constexpr,
-            ZERO: tl.constexpr, APART: tl.constexpr, BYTES: tl.constexpr, CHUNKS: tl.constexpr,
+def _kernel(codes, scale, zero, lut, out, count, N: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr,
+            KIND: tl.constexpr, RUN: tl.constexpr, HALVES: tl.constexpr, HIGH_FIRST: tl.constexpr,
+            ROWS: tl.constexpr, GROUP: tl.constexpr, OFFSET: tl.constexpr, ARITHMETIC: tl.constexpr,
+            COMPUTE: tl.constexpr, EXACT: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+            ZERO: tl.constexpr, ZERO_N: tl.constexpr, ZERO_K: tl.constexpr, APART: tl.constexpr, EACH: tl.constexpr,
+            IN_ROW: tl.constexpr, BYTES: tl.constexpr, SPAN: tl.constexpr, BETWEEN: tl.constexpr, ROW: tl.constexpr,
+            LEAD: tl.constexpr, ALIGNED: tl.constexpr, ACROSS: tl.constexpr, CHUNKS: tl.constexpr,
             EVEN: tl.constexpr):  # fmt: skip
-    """CHUNKS chunks of BYTES bytes of codes. APART: the two weights of a byte may have two scales."""
-    IN_ROW: tl.constexpr = K * BITS // 8 // BYTES
+    """CHUNKS chunks of BYTES bytes of codes; a row of these has IN_ROW chunks.
+
+    HALVES: a byte [n, k] is two rows' weight, n's and (n + HALVES)'s; or 0. APART: the two weights of a byte may have
+    two scales. EACH: each weight of a chunk has its own. SCALE_N, ..., ZERO_K: strides. ACROSS: neighbouring chunks are
+    of neighbouring rows. SPAN, BETWEEN, ROW: see `_dequant_layout.Bytes`. Chunks start at multiples of ALIGNED.
+    """
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     chunk = (tl.program_id(0) * CHUNKS + tl.arange(0, CHUNKS))[:, None]
     inside = chunk < count
-    n, byte = chunk // IN_ROW, chunk % IN_ROW * BYTES
     lane = tl.arange(0, BYTES)[None, :]
-    first = chunk.to(tl.int64) * BYTES
-    if EVEN:
-        q = tl.load(codes + first + lane, eviction_policy="evict_first")
+    if ACROSS:
+        BANDS: tl.constexpr = (N if HALVES == 0 else HALVES) // 8
+        tile = chunk // 32
+        n = tile % BANDS * 8 + chunk % 8
+        byte = (tile // BANDS * 4 + chunk % 32 // 8) * BYTES
     else:
-        q = tl.load(codes + first + lane, inside, eviction_policy="evict_first")
+        n, byte = chunk // IN_ROW, chunk % IN_ROW * BYTES
+    FLAT: tl.constexpr = not ACROSS and BYTES * IN_ROW == ROW and SPAN == ROW
+    if FLAT:
+        start = chunk.to(tl.int64) * BYTES + LEAD
+    else:
+        start = n.to(tl.int64) * ROW + (byte // SPAN).to(tl.int64) * BETWEEN + (LEAD + byte % SPAN)
+    at = tl.multiple_of(start, [ALIGNED, ALIGNED]) + lane
+    if EVEN:
+        q = tl.load(codes + at, eviction_policy="evict_first")
+    else:
+        q = tl.load(codes + at, inside, eviction_policy="evict_first")
+    first = chunk.to(tl.int64) * BYTES
+    if ACROSS:
+        first = n.to(tl.int64) * (IN_ROW * BYTES) + byte
     if BITS == 8:
         value = _number(q, lut, KIND, OFFSET, BITS, COMPUTE, EXACT)
-        value = _weight(value, n, byte, inside, scale, zero, out, ROWS, GROUP, GROUPS, ARITHMETIC, COMPUTE, ZERO)
+        column = byte
+        if EACH:
+            column = byte + lane
+        value = _weight(value, n, column, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K, ZERO,
+                        ZERO_N, ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
         if EVEN:
             tl.store(out + first + lane, value)
         else:
@@ -120,55 +149,73 @@ def _kernel(codes, scale, zero, lut, out, count, K: tl.constexpr, BITS: tl.const
             low, high = high, low
         a = _number(low, lut, KIND, OFFSET, BITS, COMPUTE, EXACT)
         b = _number(high, lut, KIND, OFFSET, BITS, COMPUTE, EXACT)
-        if RUN == 0:
+        if HALVES > 0:
+            column, step = byte, 0
+        elif RUN == 0:
             column, step = 2 * byte, 1
         else:
             column, step = byte // RUN * (2 * RUN) + byte % RUN, RUN
         if APART:
-            a = _weight(a, n, column, inside, scale, zero, out, ROWS, GROUP, GROUPS, ARITHMETIC, COMPUTE, ZERO)
-            b = _weight(b, n, column + step, inside, scale, zero, out, ROWS, GROUP, GROUPS, ARITHMETIC, COMPUTE, ZERO)
-        if RUN == 0:  # pairs lie side by side: one wide store
+            a = _weight(a, n, column, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K, ZERO, ZERO_N,
+                        ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
+            b = _weight(b, n + HALVES, column + step, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K,
+                        ZERO, ZERO_N, ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
+        if HALVES == 0 and RUN == 0:  # pairs lie side by side: one wide store
             pairs = tl.interleave(a, b)
             if not APART:
-                pairs = _weight(pairs, n, column, inside, scale, zero, out, ROWS, GROUP, GROUPS, ARITHMETIC, COMPUTE,
-                                ZERO)  # fmt: skip
-            at = out + 2 * first + tl.arange(0, 2 * BYTES)[None, :]
+                pairs = _weight(pairs, n, column, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K,
+                                ZERO, ZERO_N, ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
+            to = out + 2 * first + tl.arange(0, 2 * BYTES)[None, :]
             if EVEN:
-                tl.store(at, pairs)
+                tl.store(to, pairs)
             else:
-                tl.store(at, pairs, inside)
+                tl.store(to, pairs, inside)
         else:
-            at = out + n.to(tl.int64) * K + column + lane
-            tl.store(at, a, inside)
-            tl.store(at + RUN, b, inside)
+            to = out + first + lane
+            if HALVES == 0:
+                to = out + tl.multiple_of(n.to(tl.int64) * K + column, [BYTES, BYTES]) + lane
+            tl.store(to, a, inside)
+            tl.store(to + (RUN if HALVES == 0 else HALVES * K), b, inside)
 
 
 def chunk_of(codes: Tensor, form: Format) -> tuple[int, bool]:
     """Bytes of a chunk, a power of two, and whether a byte's two weights may have two scales."""
     _, k = weight_shape(codes, form)
-    run = int(codes.shape[-1]) if form.nibbles.startswith("half") else 0
-    per_byte, alone = 8 // form.bits, form.group >= k
-    pairs = per_byte == 2 and run == 0
+    run, alone, where = run_of(codes, form), form.group >= k, bytes_of(codes)
+    assert where is not None
+    pairs = form.bits == 4 and run == 0
     most = 4 if pairs else 8
-    apart = run > 0 or (pairs and not alone and form.group % 2 == 1)
+    apart = form.bits == 4 and (not pairs or (not alone and form.group % 2 == 1))
     of_group = 1 if pairs and apart else form.group // 2 if pairs else form.group
-    sizes = (k * form.bits // 8, run, 0 if alone else of_group)
+    if form.bits == 8 and form.group == 1:
+        of_group = 0
+    sizes = (bytes_in_row(codes, form), where.span, run or 0, 0 if alone else of_group)
     return next(size for size in (most, most // 2, most // 4, 1) if all(whole % size == 0 for whole in sizes)), apart
 
 
-def constants(codes: Tensor, zero: Tensor | None, form: Format) -> dict[str, Any]:
+def constants(codes: Tensor, scale: Tensor, zero: Tensor | None, form: Format, lead: int = 0) -> dict[str, Any]:
     """The kernel's constants and Triton's options."""
-    _, k = weight_shape(codes, form)
+    n, k = weight_shape(codes, form)
     size, apart = chunk_of(codes, form)
+    where = bytes_of(codes)
+    assert where is not None
+    in_row = bytes_in_row(codes, form) // size
+    scale_n, scale_k = strides(scale)
+    zero_n, zero_k = (0, 0) if zero is None else strides(zero)
+    halves = codes.shape[0] if form.nibbles.startswith("rows") else 0
     lowest, highest = {(8, "int"): (-128, 127), (8, "uint"): (0, 255), (4, "int"): (-8, 7)}.get(form[:2], (0, 15))
     integers = {torch.float32: 1 << 24, torch.float16: 2048, torch.bfloat16: 256}[COMPUTE[form.compute]]
     largest = max(abs(lowest - form.offset), abs(highest - form.offset))
     return {
-        "K": k, "BITS": form.bits, "KIND": form.kind, "RUN": codes.shape[-1] if form.nibbles.startswith("half") else 0,
+        "N": n, "K": k, "BITS": form.bits, "KIND": form.kind, "RUN": run_of(codes, form) or 0, "HALVES": halves,
         "HIGH_FIRST": form.nibbles.endswith("high"), "ROWS": form.rows, "GROUP": min(form.group, k),
         "OFFSET": form.offset, "ARITHMETIC": form.arithmetic, "COMPUTE": _TYPES[COMPUTE[form.compute]],
         "EXACT": form.kind.startswith("fp8") or (form.kind != "lut16" and largest <= integers),
-        "ZERO": zero is not None, "APART": apart, "BYTES": size, "CHUNKS": CHUNKS,
+        "SCALE_N": scale_n, "SCALE_K": scale_k, "ZERO": zero is not None, "ZERO_N": zero_n, "ZERO_K": zero_k,
+        "APART": apart, "EACH": form.bits == 8 and 1 == form.group < k, "IN_ROW": in_row, "BYTES": size,
+        "SPAN": where.span, "BETWEEN": where.between, "ROW": where.row, "LEAD": lead,
+        "ALIGNED": math.gcd(where.row, where.between, size, lead),
+        "ACROSS": where.row < where.between and codes.shape[0] % 8 == 0 and in_row % 4 == 0, "CHUNKS": CHUNKS,
         "EVEN": codes.numel() // size % CHUNKS == 0, "num_warps": WARPS, "enable_fp_fusion": False,
     }  # fmt: skip
 
@@ -180,10 +227,15 @@ def decode_on_device(
     n, k = weight_shape(codes, form)
     if codes.numel() == 0:
         return decode(codes, scale, zero, lut, form, dtype)
+    if form.bits == 8 and codes.dim() == 2 and codes.stride(0) == 1 < codes.stride(1):  # as its transpose is laid out
+        swapped = form._replace(rows=form.group, group=form.rows)
+        zeros = None if zero is None else zero.t()
+        return decode_on_device(codes.t(), scale.t(), zeros, lut, swapped, dtype).t()
     out = codes.new_empty((n, k), dtype=dtype)
-    known = constants(codes, zero, form)
+    read, lead = from_aligned(codes)
+    known = constants(codes, scale, zero, form, lead)
     count = codes.numel() // known["BYTES"]
-    arguments = [codes, scale, scale if zero is None else zero, scale if lut is None else lut, out, count]
+    arguments = [read, scale, scale if zero is None else zero, scale if lut is None else lut, out, count]
     with on_device_of(codes):
         launch(_kernel, triton.cdiv(count, CHUNKS), arguments, known)
     return out

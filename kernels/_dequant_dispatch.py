@@ -6,17 +6,35 @@ The product's library reads a weight that was just written from L2 in part, so w
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dequant_decode as written
 from . import _dequant_rows as few
 from . import _dequant_tiled as tiled
+from ._gemv_common import activated
 from .packed_weight import COMPUTE, Format, weight_shape
 
-# Rows of x up to which each way of reading the codes in the product is the faster one, for 8 and 4 bits: all of a row's
-# warps by themselves, and tiles (benchmarks/results/dequant_linear.jsonl; 8 and 64 rows, 256 and 512).
-CROSSOVER = {8: (16, 512), 4: (16, 256)}
+
+class Crossover(NamedTuple):
+    """Rows of x up to which a way of reading the codes in the product is the fastest one.
+
+    Attributes:
+        rows: all of a row's warps by themselves (`_dequant_rows`), where tiles could be used, too.
+        rows_alone: the same where they could not, and the weight would be written out.
+        tiled: tiles (`_dequant_tiled`), against writing the weight out.
+    """
+
+    rows: int
+    rows_alone: int
+    tiled: int
+
+
+# By bits of a code, of benchmarks/results/dequant_linear.jsonl (8 and 64 rows, 256 and 512): what
+# benchmarks/bench_dequant_linear.py --crossover makes of its rows.
+CROSSOVER = {8: Crossover(16, 32, 512), 4: Crossover(16, 32, 256)}
 # Rows of x up to which the op is measured to beat Inductor on sm_90.
 MEASURED_ROWS = 512
 
@@ -51,18 +69,26 @@ def unmeasured(codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | 
     return None
 
 
+def has_epilogue(rows: int | None) -> bool:
+    """Whether an activation costs no launch of its own: for a few rows, whose number is known."""
+    return rows is not None and 0 < rows <= min(each.rows for each in CROSSOVER.values())
+
+
 def run(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format
-) -> Tensor:
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format,
+    activation: str = "none", early: bool = False,
+) -> Tensor:  # fmt: skip
     """`dequant_linear` of inputs that `supports` takes, contiguous."""
     rows = x.numel() // max(x.shape[-1], 1)
     up_to = CROSSOVER[form.bits]
-    if 0 < rows <= up_to[0] and few.supports(x, codes, scale, zero, lut, form) is None:
-        return few.rows_linear(x, codes, scale, zero, lut, bias, form)
-    if 0 < rows <= up_to[1] and tiled.supports(x, codes, scale, zero, lut, form) is None:
-        return tiled.tiled_linear(x, codes, scale, zero, lut, bias, form)
+    if 0 < rows <= up_to.rows and few.supports(x, codes, scale, zero, lut, form) is None:
+        return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation, early=early)
+    if 0 < rows <= up_to.tiled and tiled.supports(x, codes, scale, zero, lut, form) is None:
+        return activated(tiled.tiled_linear(x, codes, scale, zero, lut, bias, form), activation)
+    if 0 < rows <= up_to.rows_alone and few.supports(x, codes, scale, zero, lut, form) is None:
+        return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation, early=early)
     weight = written.decode_on_device(codes, scale, zero, lut, form, x.dtype)
     if form.arithmetic != "output":
-        return F.linear(x, weight, bias)
+        return activated(F.linear(x, weight, bias), activation)
     out = (F.linear(x, weight) * scale.flatten().to(COMPUTE[form.compute])).to(x.dtype)
-    return out if bias is None else out + bias
+    return activated(out if bias is None else out + bias, activation)

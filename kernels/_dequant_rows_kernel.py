@@ -7,6 +7,7 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     MISSING = ""
 except ImportError as error:  # no Triton, or one before or after this language
@@ -28,10 +29,21 @@ def _column(block, SECOND: gl.constexpr, BITS: gl.constexpr, RUN: gl.constexpr, 
 
 
 @gluon.jit
-def _group(values, n, column, seen, GROUPS: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
-           COMPUTE: gl.constexpr):  # fmt: skip
+def _start(block, IN_ROW: gl.constexpr, TILE: gl.constexpr, SPAN: gl.constexpr, BETWEEN: gl.constexpr):
+    """Where a tile's bytes begin in a row of IN_ROW of them."""
+    if SPAN == IN_ROW:
+        return block * TILE
+    elif SPAN >= TILE:  # noqa: RET505
+        return block // (SPAN // TILE) * BETWEEN + block % (SPAN // TILE) * TILE
+    else:
+        return block * (TILE // SPAN * BETWEEN)
+
+
+@gluon.jit
+def _group(values, n, column, seen, ROWS: gl.constexpr, GROUP: gl.constexpr, STRIDE_N: gl.constexpr,
+           STRIDE_K: gl.constexpr, COMPUTE: gl.constexpr):  # fmt: skip
     """A scale or zero point of each row, rounded as its source does; integers through fp32, as in torch."""
-    at = (n // ROWS).to(gl.int64) * GROUPS + column // GROUP
+    at = (n // ROWS).to(gl.int64) * STRIDE_N + column // GROUP * STRIDE_K
     return gl.load(values + at, seen, other=0).to(gl.float32).to(COMPUTE).to(gl.float32)
 
 
@@ -51,27 +63,37 @@ def _table(lut, dtype: gl.constexpr):
 
 @gluon.jit
 def _fetch(rows, scale, zero, n, warp, c_n, c_warp, start, BLOCKS: gl.constexpr, EVEN: gl.constexpr,
-           BITS: gl.constexpr, RUN: gl.constexpr, TILE: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr,
-           GROUP: gl.constexpr, COMPUTE: gl.constexpr, ZERO: gl.constexpr):  # fmt: skip
-    """What a step reads of the weight: codes, and a scale and zero point of the first and second halves of bytes."""
+           BITS: gl.constexpr, RUN: gl.constexpr, HALVES: gl.constexpr, SIDES: gl.constexpr, IN_ROW: gl.constexpr,
+           TILE: gl.constexpr, SPAN: gl.constexpr, BETWEEN: gl.constexpr, ALIGNED: gl.constexpr,
+           GROUPS: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, SCALE_N: gl.constexpr,
+           SCALE_K: gl.constexpr, ZERO_N: gl.constexpr, ZERO_K: gl.constexpr, COMPUTE: gl.constexpr,
+           ZEROS: gl.constexpr, ADDED: gl.constexpr):  # fmt: skip
+    """What a step reads of the weight: codes, and scales, zero points and offsets of bytes' first and second halves."""
+    PLACES: gl.constexpr = 8 if HALVES > 0 else BITS
     block = start + warp
     inside = block < BLOCKS
     c_block = start + c_warp
     c_inside = c_block < BLOCKS
+    at = rows + gl.multiple_of(_start(block, IN_ROW, TILE, SPAN, BETWEEN), [ALIGNED, ALIGNED, ALIGNED])
     if EVEN:
-        tile = gl.load(rows + block * TILE, eviction_policy="evict_first")
+        tile = gl.load(at, eviction_policy="evict_first")
     else:
-        tile = gl.load(rows + block * TILE, inside, other=0, eviction_policy="evict_first")
+        tile = gl.load(at, inside, other=0, eviction_policy="evict_first")
     scales = ()
     zeros = ()
-    for side in gl.static_range(2 if RUN > 0 and GROUPS > 1 else 1):
+    offsets = ()
+    for side in gl.static_range(SIDES):
+        c_column = _column(c_block, side, PLACES, RUN, TILE)
         if GROUPS > 1:
-            column = _column(c_block, side, BITS, RUN, TILE)
-            scales = scales + (_group(scale, c_n, column, c_inside, GROUPS, ROWS, GROUP, COMPUTE),)
-        if ZERO:
-            column = _column(block, side, BITS, RUN, TILE)
-            zeros = zeros + (_group(zero, n, column, inside, GROUPS, ROWS, GROUP, COMPUTE),)
-    return tile, scales, zeros
+            scales = scales + (_group(scale, c_n + side * HALVES, c_column, c_inside, ROWS, GROUP, SCALE_N, SCALE_K,
+                                      COMPUTE),)  # fmt: skip
+        if ADDED != 0:
+            offset = _group(zero, c_n + side * HALVES, c_column, c_inside, ROWS, GROUP, ZERO_N, ZERO_K, COMPUTE)
+            offsets = offsets + (offset * ADDED,)
+        if ZEROS > 0:
+            column = _column(block, side, PLACES, RUN, TILE)
+            zeros = zeros + (_group(zero, n + side * HALVES, column, inside, ROWS, GROUP, ZERO_N, ZERO_K, COMPUTE),)
+    return tile, scales, zeros, offsets
 
 
 @gluon.jit
@@ -84,42 +106,51 @@ def _both(pair, SECOND: gl.constexpr):
 
 
 @gluon.jit
-def _step(acc, zeros, fetched, start, columns, planes, b_warp, BITS: gl.constexpr, CONVERT: gl.constexpr,
-          CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr, SPLIT_OPERANDS: gl.constexpr,
-          HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, GROUPS: gl.constexpr, ZEROS: gl.constexpr,
-          DTYPE: gl.constexpr, TILE: gl.constexpr, BLOCKS: gl.constexpr, EVEN: gl.constexpr):  # fmt: skip
-    """Adds a tile of the weight, of each warp, times its activations to acc."""
-    PER_BYTE: gl.constexpr = 8 // BITS
-    PAIRS: gl.constexpr = BITS == 4 and RUN == 0
-    TABLE: gl.constexpr = len(planes) > 0
-    tile, scales, zero_points = fetched
-    block = start + b_warp
-    if PAIRS:
+def _activations(columns, block, BITS: gl.constexpr, SPLIT: gl.constexpr, SPLIT_OPERANDS: gl.constexpr,
+                 HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, HALVES: gl.constexpr, DTYPE: gl.constexpr,
+                 TILE: gl.constexpr, BLOCKS: gl.constexpr, EVEN: gl.constexpr):  # fmt: skip
+    """x at a tile's columns, those of bytes' low and of their high halves, in the order of the converted codes."""
+    PAIRS: gl.constexpr = BITS == 4 and RUN == 0 and HALVES == 0
+    if PAIRS or HALVES > 0:
         at = columns + block * TILE
     else:
         at = columns + _column(block, 0, BITS, RUN, TILE)
     if EVEN:
-        first_x = gl.load(at)
+        low_x = gl.load(at)
     else:
-        first_x = gl.load(at, block < BLOCKS, other=0)
-    second_x = first_x
+        low_x = gl.load(at, block < BLOCKS, other=0)
+    high_x = low_x
     if RUN > 0:
         if EVEN:
-            second_x = gl.load(at + RUN)
+            high_x = gl.load(at + RUN)
         else:
-            second_x = gl.load(at + RUN, block < BLOCKS, other=0)
-        if not TABLE:
-            first_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [first_x], DTYPE.value, True, 4)
-            second_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [second_x], DTYPE.value, True, 4)
+            high_x = gl.load(at + RUN, block < BLOCKS, other=0)
     if PAIRS:
-        first_x, second_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [first_x],
-                                                      (DTYPE.value, DTYPE.value), True, 4)  # fmt: skip
+        low_x, high_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [low_x], (DTYPE.value, DTYPE.value), True, 4)
+    elif SPLIT != "":
+        low_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [low_x], DTYPE.value, True, 4)
+        if RUN > 0:
+            high_x = gl.inline_asm_elementwise(SPLIT, SPLIT_OPERANDS, [high_x], DTYPE.value, True, 4)
+        else:
+            high_x = low_x
     if HIGH_FIRST:
-        first_x, second_x = second_x, first_x
+        low_x, high_x = high_x, low_x
+    return low_x, high_x
 
+
+@gluon.jit
+def _step(acc, other, zeros, ones, fetched, start, columns, planes, b_warp, BITS: gl.constexpr,
+          CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr, SPLIT_OPERANDS: gl.constexpr,
+          HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, HALVES: gl.constexpr, GROUPS: gl.constexpr,
+          ZEROS: gl.constexpr, ADDED: gl.constexpr, DTYPE: gl.constexpr, TILE: gl.constexpr, BLOCKS: gl.constexpr,
+          EVEN: gl.constexpr):  # fmt: skip
+    """Adds a tile of the weight, of each warp, times its activations to acc, and to other what the second rows have."""
+    tile, scales, zero_points, offsets = fetched
+    low_x, high_x = _activations(columns, start + b_warp, BITS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN, HALVES, DTYPE,
+                                 TILE, BLOCKS, EVEN)  # fmt: skip
     operands = (tile,) + planes
     for zero_part in gl.static_range(ZEROS):
-        for side in gl.static_range(PER_BYTE):
+        for side in gl.static_range(8 // BITS):
             # the low halves of bytes are the second ones if the high ones come first
             z = _both(zero_points, (side == 1) != HIGH_FIRST)
             rounded = z.to(DTYPE)
@@ -127,70 +158,105 @@ def _step(acc, zeros, fetched, start, columns, planes, b_warp, BITS: gl.constexp
                 rounded = (z - rounded.to(gl.float32)).to(DTYPE)
             operands = operands + (rounded,)
     if BITS == 8:
-        a = gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, DTYPE.value, True, 4)
-        if GROUPS == 1:
-            acc = mma_v2(a, first_x, acc)
-        else:
-            acc += mma_v2(a, first_x, zeros) * scales[0]
+        low = gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, DTYPE.value, True, 4)
+        high = low
     else:
         low, high = gl.inline_asm_elementwise(CONVERT, CONVERT_OPERANDS, operands, (DTYPE.value, DTYPE.value),
                                               True, 4)  # fmt: skip
+    if HALVES > 0:
+        first, second = low, high
+        if HIGH_FIRST:
+            first, second = high, low
         if GROUPS == 1:
-            acc = mma_v2(high, second_x, mma_v2(low, first_x, acc))
-        elif RUN == 0:
-            acc += mma_v2(high, second_x, mma_v2(low, first_x, zeros)) * scales[0]
+            acc = mma_v2(first, low_x, acc)
+            other = mma_v2(second, low_x, other)
         else:
-            acc += mma_v2(low, first_x, zeros) * _both(scales, HIGH_FIRST)
-            acc += mma_v2(high, second_x, zeros) * _both(scales, not HIGH_FIRST)
-    return acc
+            acc += mma_v2(first, low_x, zeros) * scales[0]
+            other += mma_v2(second, low_x, zeros) * scales[1]
+        if ADDED != 0:
+            total = mma_v2(ones, low_x, zeros)
+            acc += total * offsets[0]
+            other += total * offsets[1]
+    elif len(scales) < 2:  # one scale for all of the tile, or for all of the row
+        product = mma_v2(low, low_x, acc if GROUPS == 1 else zeros)
+        if BITS == 4:
+            product = mma_v2(high, high_x, product)
+        if GROUPS == 1:
+            acc = product
+        else:
+            acc += product * scales[0]
+        if ADDED != 0:
+            total = mma_v2(ones, low_x, zeros)
+            if BITS == 4:
+                total = mma_v2(ones, high_x, total)
+            acc += total * offsets[0]
+    else:
+        acc += mma_v2(low, low_x, zeros) * _both(scales, HIGH_FIRST)
+        acc += mma_v2(high, high_x, zeros) * _both(scales, not HIGH_FIRST)
+        if ADDED != 0:
+            acc += mma_v2(ones, low_x, zeros) * _both(offsets, HIGH_FIRST)
+            acc += mma_v2(ones, high_x, zeros) * _both(offsets, not HIGH_FIRST)
+    return acc, other
 
 
 @gluon.jit
-def _steps(acc, zeros, first, rows, columns, scale, zero, planes, n, warp, b_warp, c_n, c_warp,
-           BITS: gl.constexpr, CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr,
-           SPLIT_OPERANDS: gl.constexpr, HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, ROWS: gl.constexpr,
-           GROUP: gl.constexpr, GROUPS: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr,
-           DTYPE: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr, BLOCKS: gl.constexpr, EVEN: gl.constexpr,
-           AHEAD: gl.constexpr, UNROLL: gl.constexpr):  # fmt: skip
-    """Adds UNROLL steps from block `first` on to acc; the weight is read AHEAD steps before it is needed.
+def _activated(x, ACTIVATION: gl.constexpr):
+    """fp32 x through an activation: a few values a program, so no instruction is spared."""
+    if ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + gl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # noqa: RET505  # a jit function's other branch must not be compiled
+        return x / (1.0 + gl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    elif ACTIVATION == "silu":
+        return x / (1.0 + gl.exp(-x))
+    else:
+        return x
 
-    No tile is carried around a loop: a byte of one would have a register of its own.
-    """
-    ahead = ()
-    for i in gl.static_range(AHEAD + UNROLL):
-        if i < UNROLL:
-            fetched = _fetch(rows, scale, zero, n, warp, c_n, c_warp, first + i * WARPS, BLOCKS, EVEN, BITS, RUN, TILE,
-                             GROUPS, ROWS, GROUP, COMPUTE, ZEROS > 0)  # fmt: skip
-            ahead = ahead + (fetched,)
-        if i >= AHEAD:
-            acc = _step(acc, zeros, ahead[0], first + (i - AHEAD) * WARPS, columns, planes, b_warp, BITS, CONVERT,
-                        CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN, GROUPS, ZEROS, DTYPE, TILE, BLOCKS,
-                        EVEN)  # fmt: skip
-            ahead = ahead[1:]
-    return acc
+
+@gluon.jit
+def _store(acc, out, scale, bias, n, m, part, M, N, inside, SCALED: gl.constexpr, ROWS: gl.constexpr,
+           GROUP: gl.constexpr, SCALE_N: gl.constexpr, COMPUTE: gl.constexpr, BIASED: gl.constexpr,
+           ACTIVATION: gl.constexpr):  # fmt: skip
+    """Writes the sums of rows n of the weight and m of x, through an activation."""
+    result = gl.sum(acc, 0)
+    if SCALED:
+        result *= _group(scale, n, 0, inside, ROWS, GROUP, SCALE_N, 0, COMPUTE)
+    if BIASED:
+        result += gl.load(bias + n, inside & (part == 0), other=0.0).to(gl.float32)
+    result = _activated(result, ACTIVATION)
+    at = (part * M + m).to(gl.int64) * N + n
+    gl.store(out + at, result.to(out.dtype.element_ty), inside & (m < M))
 
 
 @gluon.jit
 def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABLE: gl.constexpr,
            CONVERT: gl.constexpr, CONVERT_OPERANDS: gl.constexpr, SPLIT: gl.constexpr, SPLIT_OPERANDS: gl.constexpr,
-           HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, K: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr,
-           COMPUTE: gl.constexpr, ZEROS: gl.constexpr, BIASED: gl.constexpr, DTYPE: gl.constexpr,
-           BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, TILE: gl.constexpr, WARPS: gl.constexpr,
-           PARTS: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr):  # fmt: skip
-    """BLOCK_N columns of the result, or one of PARTS parts of their sums.
+           HIGH_FIRST: gl.constexpr, RUN: gl.constexpr, HALVES: gl.constexpr, SIDES: gl.constexpr, K: gl.constexpr,
+           ROWS: gl.constexpr, GROUP: gl.constexpr, SCALE_N: gl.constexpr, SCALE_K: gl.constexpr,
+           ZERO_N: gl.constexpr, ZERO_K: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr,
+           ADDED: gl.constexpr, BIASED: gl.constexpr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr,
+           BLOCK_N: gl.constexpr, TILE: gl.constexpr, SPAN: gl.constexpr, BETWEEN: gl.constexpr, ROW: gl.constexpr,
+           LEAD: gl.constexpr, ALIGNED: gl.constexpr, WARPS: gl.constexpr, PARTS: gl.constexpr, AHEAD: gl.constexpr,
+           UNROLL: gl.constexpr, ACTIVATION: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    """BLOCK_N columns of the result (and as many HALVES later), or one of PARTS parts of their sums.
 
     The WARPS warps take blocks of columns in turns: a batch of products, added up at the end. The layouts of the
     products' operands have TILE / 8 bytes side by side in a lane, so codes and activations go from memory into the
     registers that they are multiplied from, without a pass through shared memory.
 
-    x is int32, two activations each, for 4-bit codes that lie beside each other (RUN is 0).
+    x is int32, two activations each, for 4-bit codes that lie beside each other (RUN and HALVES are 0).
+    HALVES: a byte [n, k] is of rows n and n + HALVES; or 0. SIDES: scales that the weights of a tile's row have.
+    ADDED: 1 or -1 where the zero point, times that, is added to codes times scale: it multiplies sums of x, the
+    product with a matrix of ones. Codes lie as `_dequant_layout.Bytes` says, LEAD bytes behind `codes`, and all pieces
+    of a lane at multiples of ALIGNED.
+    ACTIVATION: of a whole result. EARLY: the launch before may be at work still, on x alone of what is read
+    (programmatic dependent launch).
     """
-    PER_BYTE: gl.constexpr = 8 // BITS
-    BLOCKS: gl.constexpr = K // PER_BYTE // TILE
+    IN_ROW: gl.constexpr = K // 2 if BITS == 4 and HALVES == 0 else K
+    BLOCKS: gl.constexpr = IN_ROW // TILE
     GROUPS: gl.constexpr = (K + GROUP - 1) // GROUP
     STEPS: gl.constexpr = ((BLOCKS + WARPS - 1) // WARPS + PARTS - 1) // PARTS
     EVEN: gl.constexpr = STEPS * WARPS * PARTS == BLOCKS and STEPS % UNROLL == 0
-    PAIRS: gl.constexpr = BITS == 4 and RUN == 0
+    PAIRS: gl.constexpr = BITS == 4 and RUN == 0 and HALVES == 0
     c_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, c_layout, TILE // 8)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, c_layout, TILE // 8)
@@ -200,10 +266,11 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     first_block = part * (STEPS * WARPS)
 
     # rows past the end are read as the last one, and not written
+    end = HALVES if HALVES > 0 else N
     n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, gl.SliceLayout(2, a_layout)))
-    n = gl.minimum(n, N - 1)[None, :, None]
+    n = gl.minimum(n, end - 1)[None, :, None]
     c_n = first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, gl.SliceLayout(2, c_layout)))
-    c_n = gl.minimum(c_n, N - 1)[None, :, None]
+    c_n = gl.minimum(c_n, end - 1)[None, :, None]
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, a_layout)))[:, None, None]
     b_warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, b_layout)))[:, None, None]
     c_warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, c_layout)))[:, None, None]
@@ -211,28 +278,44 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     b_byte = gl.arange(0, TILE, gl.SliceLayout(0, gl.SliceLayout(2, b_layout)))[None, :, None]
     m = gl.minimum(gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(1, b_layout))), M - 1)[None, None, :]
 
-    rows = codes + n.to(gl.int64) * (K // PER_BYTE) + byte
-    if PAIRS:
-        columns = x + m * (K // 2) + b_byte
+    rows = codes + gl.multiple_of(n.to(gl.int64) * ROW + LEAD, [ALIGNED, ALIGNED, ALIGNED])
+    if SPAN < TILE:  # neighbours are SPAN bytes side by side
+        rows += gl.max_contiguous(byte // SPAN * BETWEEN + byte % SPAN, [1, 1, SPAN])
     else:
-        columns = x + m * K + b_byte
+        rows += byte
+    columns = x + m * (K // 2 if PAIRS else K) + b_byte
     planes = ()
     if TABLE:
         planes = _table(lut, DTYPE)
     zeros = gl.zeros([WARPS, BLOCK_N, BLOCK_M], gl.float32, layout=c_layout)
+    ones = gl.full([WARPS, BLOCK_N, TILE], 1.0, DTYPE, layout=a_layout)
     acc = zeros
+    other = zeros
 
     for chunk in range(0, STEPS, UNROLL):
-        acc = _steps(acc, zeros, first_block + chunk * WARPS, rows, columns, scale, zero, planes, n, warp, b_warp, c_n,
-                     c_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN, ROWS, GROUP,
-                     GROUPS, COMPUTE, ZEROS, DTYPE, TILE, WARPS, BLOCKS, EVEN, AHEAD, UNROLL)  # fmt: skip
+        # No tile is carried around the loop: a byte of one would have a register of its own.
+        ahead = ()
+        for i in gl.static_range(AHEAD + UNROLL):
+            if i < UNROLL:  # the weight is read AHEAD steps before it is needed
+                fetched = _fetch(rows, scale, zero, n, warp, c_n, c_warp, first_block + (chunk + i) * WARPS, BLOCKS,
+                                 EVEN, BITS, RUN, HALVES, SIDES, IN_ROW, TILE, SPAN, BETWEEN, ALIGNED, GROUPS, ROWS,
+                                 GROUP, SCALE_N, SCALE_K, ZERO_N, ZERO_K, COMPUTE, ZEROS, ADDED)  # fmt: skip
+                ahead = ahead + (fetched,)
+            if EARLY and i == AHEAD:
+                gdc_wait()
+                gdc_launch_dependents()
+            if i >= AHEAD:
+                acc, other = _step(acc, other, zeros, ones, ahead[0], first_block + (chunk + i - AHEAD) * WARPS,
+                                   columns, planes, b_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS,
+                                   HIGH_FIRST, RUN, HALVES, GROUPS, ZEROS, ADDED, DTYPE, TILE, BLOCKS,
+                                   EVEN)  # fmt: skip
+                ahead = ahead[1:]
 
-    result = gl.sum(acc, 0)
     out_n = (first_n + gl.arange(0, BLOCK_N, gl.SliceLayout(1, gl.SliceLayout(0, c_layout))))[:, None]
     out_m = gl.arange(0, BLOCK_M, gl.SliceLayout(0, gl.SliceLayout(0, c_layout)))[None, :]
-    if GROUPS == 1:
-        result *= _group(scale, out_n, 0, out_n < N, GROUPS, ROWS, GROUP, COMPUTE)
-    if BIASED:
-        result += gl.load(bias + out_n, (out_n < N) & (part == 0), other=0.0).to(gl.float32)
-    at = (part * M + out_m).to(gl.int64) * N + out_n
-    gl.store(out + at, result.to(out.dtype.element_ty), (out_n < N) & (out_m < M))
+    inside = out_n < end
+    _store(acc, out, scale, bias, out_n, out_m, part, M, N, inside, GROUPS == 1, ROWS, GROUP, SCALE_N, COMPUTE, BIASED,
+           ACTIVATION)  # fmt: skip
+    if HALVES > 0:
+        _store(other, out, scale, bias, out_n + HALVES, out_m, part, M, N, inside, GROUPS == 1, ROWS, GROUP, SCALE_N,
+               COMPUTE, BIASED, ACTIVATION)  # fmt: skip

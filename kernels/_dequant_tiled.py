@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ._dequant_codes import BF16, FP16, convert, order
-from ._dequant_rows import _NAMES, _zeros, run_of, tile_of
+from ._dequant_layout import run_of
+from ._dequant_rows import _NAMES, _zeros, tile_of
 from ._dequant_rows import no_layout as rows_no_layout
 from ._dequant_tiled_kernel import MISSING, gl, kernel
 from ._ops import INTERPRETED, launch, no_triton, on_device_of, tl, triton
@@ -107,7 +108,15 @@ def no_layout(
     rows = x.numel() // max(int(x.shape[-1]), 1)
     if not 1 <= rows <= MAX_ROWS:
         return f"there are {rows} rows; allowed: 1 to {MAX_ROWS}"
-    return rows_no_layout(x.reshape(-1, x.shape[-1])[:1], codes, scale, zero, lut, form)
+    if form.nibbles.startswith("rows") or form.arithmetic not in ("sub_mul", "output"):
+        return f"nibbles are {form.nibbles!r} and arithmetic is {form.arithmetic!r}; allowed: no rows; sub_mul, output"
+    if not all(part is None or part.is_contiguous() for part in (codes, scale, zero)):
+        return "codes, scale or zero point are not contiguous"
+    if codes.data_ptr() % 16:
+        return "codes do not start at a multiple of 16 bytes"
+    if reason := rows_no_layout(x.reshape(-1, x.shape[-1])[:1], codes, scale, zero, lut, form):
+        return reason
+    return None if (tile_of(codes, form) or 0) >= 32 else f"groups of {form.group} do not fill the tiles"
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def _scales(values, n, n_inside, step, K: gl.constexpr, BITS: gl.constexpr, RUN:
     found = ()
     for side in gl.static_range(2 if RUN > 0 and GROUPS > 1 else 1):
         column = _column(step, side, BITS, RUN, TILE)
-        found = found + (_group(values, n, column, n_inside, GROUPS, ROWS, GROUP, COMPUTE),)
+        found = found + (_group(values, n, column, n_inside, ROWS, GROUP, GROUPS, 1, COMPUTE),)
     return found
 
 
@@ -146,7 +146,7 @@ def _consume(TEAM: gl.constexpr, pointers, places, barriers, planes, M, N, m, fi
     out_m = m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
     inside = out_n < N
     if SCALED == "after":
-        acc = acc * _group(scale, out_n, 0, inside, GROUPS, ROWS, GROUP, COMPUTE)[:, None]
+        acc = acc * _group(scale, out_n, 0, inside, ROWS, GROUP, GROUPS, 1, COMPUTE)[:, None]
     if BIASED:
         acc = acc + gl.load(bias + out_n, inside & (part == 0), other=0.0).to(gl.float32)[:, None]
     at = (part * M + out_m).to(gl.int64)[None, :] * N + out_n[:, None]

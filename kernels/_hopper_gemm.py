@@ -41,7 +41,7 @@ class Config(NamedTuple):
     ping_pong: bool = False
     together: int = 8
     groups: int = 2
-    early: bool = False
+    early: bool = True
 
     @property
     def shared(self) -> int:

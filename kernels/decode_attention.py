@@ -17,6 +17,8 @@ and values that it keeps; one query of a head is multiplied with fused multiply-
 - length: int64 without dimensions, in [0, S), counted up in place; or None, and positions [Q] of integers in [0, S).
 - mask [B or 1, H or 1, Q, S], boolean, any strides: True attends.
 - Returns [B, Q, H, D]; zeros for a query that attends to nothing. fp32 arithmetic, rounded once. No gradient.
+- q_weight, k_weight [D], contiguous, any float dtype, both or neither: each head of q and k goes through an RMSNorm
+  before RoPE, x / sqrt(mean(x^2) + norm_eps) * (weight + norm_offset), as in Qwen3.
 - early: the launches may begin before the one before them has ended (programmatic dependent launch).
 - Raises ValueError, naming the argument, its value and what is allowed. A position outside of the cache is not
   written (`index_copy_` fails an assertion on the device).
@@ -78,19 +80,30 @@ def _turned(x: Tensor, cos: Tensor | None, sin: Tensor | None, spec: Spec) -> Te
     return join_pairs(x1 * c1 - x2 * s1, x2 * c2 + x1 * s2, rest, spec).to(x.dtype)
 
 
+def _normed(x: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    """Each head through its RMSNorm, not rounded; x itself without a weight."""
+    if weight is None:
+        return x
+    wide = x.to(acc_dtype(x))
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide * scale * (weight.to(wide.dtype) + offset)
+
+
 def reference(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key_cache: Tensor,
               value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor, rotary_dim: int,
               interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
-              scale: float, early: bool = False) -> Tensor:  # fmt: skip
+              scale: float, early: bool = False, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
+              norm_eps: float = 0.0, norm_offset: float = 0.0) -> Tensor:  # fmt: skip
     """The op in plain torch, with its arguments."""
     spec = Spec("none", 0.0, 0.0, rotary_dim, interleaved, cos_lanes, sin_lanes)
+    q, k = (_normed(x, w, norm_eps, norm_offset) for x, w in ((q, q_weight), (k, k_weight)))
     if length is not None:
         positions = torch.arange(q.shape[1], device=q.device) + length
         length.add_(q.shape[1])
     assert positions is not None
-    key_cache.index_copy_(2, positions, _turned(k, cos, sin, spec).transpose(1, 2))
+    key_cache.index_copy_(2, positions, _turned(k, cos, sin, spec).to(key_cache.dtype).transpose(1, 2))
     value_cache.index_copy_(2, positions, v.transpose(1, 2))
-    query = _turned(q, cos, sin, spec).transpose(1, 2)
+    query = _turned(q, cos, sin, spec).to(key_cache.dtype).transpose(1, 2)
     gqa = bool(q.shape[2] != k.shape[2])
     out = F.scaled_dot_product_attention(query, key_cache, value_cache, mask, scale=scale, enable_gqa=gqa)
     return out.transpose(1, 2).contiguous()
@@ -142,23 +155,31 @@ _calls = Calls()
 def _forward(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key_cache: Tensor,
              value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor, rotary_dim: int,
              interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
-             scale: float, early: bool = False) -> Tensor:  # fmt: skip
-    given = (q, k, v, cos, sin, key_cache, value_cache, length, positions, mask)
-    options = (rotary_dim, interleaved, tuple(cos_lanes), tuple(sin_lanes), scale, early)
+             scale: float, early: bool = False, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
+             norm_eps: float = 0.0, norm_offset: float = 0.0) -> Tensor:  # fmt: skip
+    given = (q, k, v, cos, sin, key_cache, value_cache, length, positions, mask, q_weight, k_weight)
+    norm = (norm_eps, norm_offset)
+    options = (rotary_dim, interleaved, tuple(cos_lanes), tuple(sin_lanes), scale, early, *norm)
     chosen = (_split, BLOCK_N, NUM_WARPS, PROGRAMS, MAX_SPLITS, OWN)
     return _calls.make(given, (*options, chosen), _first, *given, *options)
 
 
 def _first(call: Call, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key_cache: Tensor,
-           value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor, rotary_dim: int,
-           interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
-           scale: float, early: bool) -> Tensor:  # fmt: skip
+           value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor,
+           q_weight: Tensor | None, k_weight: Tensor | None, rotary_dim: int, interleaved: bool,
+           cos_lanes: Sequence[int], sin_lanes: Sequence[int], scale: float, early: bool, norm_eps: float,
+           norm_offset: float) -> Tensor:  # fmt: skip
     """The first call of its kind."""
     spec = Spec("none", 0.0, 0.0, rotary_dim, interleaved, cos_lanes, sin_lanes)
     _check(q, k, v, cos, sin, key_cache, value_cache, length, positions, mask, spec)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        fits = weight is not None and weight.shape == (q.shape[3],) and weight.is_contiguous()
+        shown = None if weight is None else tuple(weight.shape)
+        neither = q_weight is None and k_weight is None
+        require("decode_attention", fits or neither, name, shown, f"[{q.shape[3]}], contiguous, with the other's")
     if supports(q, k, key_cache) is not None or q.numel() == 0:
         return reference(q, k, v, cos, sin, key_cache, value_cache, length, positions, mask, rotary_dim, interleaved,
-                         cos_lanes, sin_lanes, scale)  # fmt: skip
+                         cos_lanes, sin_lanes, scale, False, q_weight, k_weight, norm_eps, norm_offset)  # fmt: skip
     batch, queries, heads, dim = q.shape
     kv_heads, size = k.shape[2], key_cache.shape[2]
     group, pairs = heads // kv_heads, batch * kv_heads
@@ -179,11 +200,13 @@ def _first(call: Call, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin:
         q, *q.stride()[:3], k, *k.stride()[:3], v, *v.stride()[:3], q if cos is None else cos, *table_strides(cos),
         q if sin is None else sin, *table_strides(sin), key_cache, *key_cache.stride()[:3], value_cache,
         *value_cache.stride()[:3], position, 0 if length is not None else position.stride(0), mask, *mask_strides,
-        size, partial, top_total, scale * math.log2(math.e),
+        size, partial, top_total, scale * math.log2(math.e), q if q_weight is None else q_weight,
+        q if k_weight is None else k_weight, norm_eps, norm_offset,
     ]  # fmt: skip
     kinds: dict[str, Any] = {
         **common, "TILES": triton.cdiv(size, BLOCK_N * splits), "R": rotary_dim, "INTERLEAVED": interleaved,
         "C0": c0, "C1": c1, "C2": c2, "S0": s0, "S1": s1, "S2": s2,
+        "NORM": q_weight is not None,
     }  # fmt: skip
     if rows == 1:
         side = min(NUM_WARPS * 32 * 16 // (lanes * q.element_size()), BLOCK_N)  # 16 bytes of a key for each thread
@@ -202,7 +225,8 @@ def _first(call: Call, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin:
 def _fake(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, key_cache: Tensor,
           value_cache: Tensor, length: Tensor | None, positions: Tensor | None, mask: Tensor, rotary_dim: int,
           interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
-          scale: float, early: bool = False) -> Tensor:  # fmt: skip
+          scale: float, early: bool = False, q_weight: Tensor | None = None, k_weight: Tensor | None = None,
+          norm_eps: float = 0.0, norm_offset: float = 0.0) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 
 

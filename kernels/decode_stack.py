@@ -27,7 +27,6 @@ No Bubbles!").
   (`index_copy_` fails an assertion on the device).
 """
 
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,13 +35,12 @@ from torch import Tensor
 
 from . import _cuda
 from . import _decode_stack_launch as _launch
+from ._decode_stack_calls import found
 from ._ops import define_opaque_op
 from ._qk_common import Spec, check_tables, require
 from .decode_attention import reference as attention
 from .linear_residual_gemv import reference as linear_residual
 from .norm_linear_gemv import reference as norm_linear
-
-_log = logging.getLogger(__name__)
 
 NORMS = ("layer", "rms")
 Some = Sequence[Tensor]
@@ -262,12 +260,8 @@ def _forward(x: Tensor, norm_weights: Sequence[Tensor | None], norm_biases: Sequ
              interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
              scale: float) -> Tensor:  # fmt: skip
     s = Stack(**locals())
-    check(s)
-    found = _cuda.unavailable(x.device) or _launch.ready(s)
-    if isinstance(found, str):
-        _log.log(logging.DEBUG if x.device.type == "cpu" else logging.WARNING, "decode_stack: %s", found)
-        return reference(*s)
-    return found.launch(s)
+    kernel = found(s, check)
+    return reference(*s) if kernel is None else kernel.launch(s)
 
 
 decode_stack = define_opaque_op(

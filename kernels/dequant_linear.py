@@ -1,13 +1,17 @@
 """A linear layer whose weight is read as it is stored: int8, int4, 8-bit floats, tables of 16, blocks.
 
-    out = x @ decode(codes, scale, zero, lut).T + bias            # arithmetic "output": (x @ codes.T) * scale + bias
+    out = activation(x @ decode(codes, scale, zero, lut).T + bias)   # arithmetic "output": (x @ codes.T) * scale + bias
 
 `packed_weight` says what the parts and the format's fields are. Sums are in fp32 and rounded once; the weight itself is
 rounded as its source does.
 
 - x: [..., K], float32, float16 or bfloat16; bias: [N] of x's dtype, or None. All on one device.
+- activation: "none", "gelu", "gelu_tanh" or "silu".
+- early: the launch may begin before the one before it has ended (programmatic dependent launch). All that it reads but
+  x must then be written by nothing on the stream since two launches before.
 - Returns [..., N], contiguous, in x's dtype.
-- Gradients: of x and bias. The parts are constants; needing their gradient raises NotImplementedError.
+- Gradients: of x and bias, without an activation. The parts are constants; needing their gradient raises
+  NotImplementedError.
 - Raises ValueError, naming the argument, its value and what is allowed.
 
 Example:
@@ -22,6 +26,7 @@ from torch import Tensor
 
 from . import _dequant_dispatch
 from ._bit_planes import BITS
+from ._gemv_common import ACTIVATIONS, activated
 from ._ops import HAS_TRITON, INTERPRETED, define_opaque_op
 from .packed_weight import COMPUTE, Format, check_parts, decode, weight_shape
 
@@ -53,19 +58,23 @@ def _no_kernel(
 def reference(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None,
     bits: int, kind: str, rows: int, group: int, offset: int, nibbles: str, arithmetic: str, compute: str,
+    activation: str = "none", early: bool = False,
 ) -> Tensor:  # fmt: skip
     """The op in plain torch: differentiable in x and bias, compilable."""
     form = Format(bits, kind, rows, group, offset, nibbles, arithmetic, compute)
     weight = decode(codes, scale, zero, lut, form, x.dtype)
     if arithmetic != "output":
-        return F.linear(x, weight, bias)
+        return activated(F.linear(x, weight, bias), activation)
     out = (F.linear(x, weight) * scale.flatten().to(COMPUTE[compute])).to(x.dtype)
-    return out if bias is None else out + bias
+    return activated(out if bias is None else out + bias, activation)
 
 
 def _check(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format
-) -> tuple[int, int]:
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format,
+    activation: str,
+) -> tuple[int, int]:  # fmt: skip
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
     check_parts(codes, scale, zero, lut, form)
     n, k = weight_shape(codes, form)
     if x.dim() < 1 or x.shape[-1] != k:
@@ -83,25 +92,29 @@ def _check(
 def _forward(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None,
     bits: int, kind: str, rows: int, group: int, offset: int, nibbles: str, arithmetic: str, compute: str,
+    activation: str = "none", early: bool = False,
 ) -> Tensor:  # fmt: skip
     form = Format(bits, kind, rows, group, offset, nibbles, arithmetic, compute)
-    _check(x, codes, scale, zero, lut, bias, form)
+    _check(x, codes, scale, zero, lut, bias, form, activation)
     if _no_kernel(x, codes, scale, zero, lut, form) is None:
-        return _dequant_dispatch.run(x, codes, scale, zero, lut, bias, form).contiguous()
-    return reference(x, codes, scale, zero, lut, bias, *form).contiguous()
+        return _dequant_dispatch.run(x, codes, scale, zero, lut, bias, form, activation, early).contiguous()
+    return reference(x, codes, scale, zero, lut, bias, *form, activation).contiguous()
 
 
 def _fake(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None,
     bits: int, kind: str, rows: int, group: int, offset: int, nibbles: str, arithmetic: str, compute: str,
+    activation: str = "none", early: bool = False,
 ) -> Tensor:  # fmt: skip
     form = Format(bits, kind, rows, group, offset, nibbles, arithmetic, compute)
-    n, _ = _check(x, codes, scale, zero, lut, bias, form)
+    n, _ = _check(x, codes, scale, zero, lut, bias, form, activation)
     return x.new_empty((*x.shape[:-1], n))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, codes, scale, zero, lut, _, *fields = inputs
+    x, codes, scale, zero, lut, _, *fields, activation, _ = inputs
+    if activation != "none":
+        raise NotImplementedError(f"dequant_linear has no gradient through {activation!r}")
     for name, part in (("scale", scale), ("zero", zero), ("lut", lut), ("codes", codes)):
         if part is not None and part.requires_grad:
             raise NotImplementedError(f"dequant_linear has no gradient of {name}")
@@ -112,7 +125,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     codes, scale, zero, lut = ctx.saved_tensors
     through = grad
-    grads = [None] * 14
+    grads = [None] * 16
     if ctx.needs_input_grad[0]:
         if ctx.form.arithmetic == "output":
             through = (grad * scale.flatten().to(COMPUTE[ctx.form.compute])).to(ctx.dtype)

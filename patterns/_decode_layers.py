@@ -100,6 +100,8 @@ def match_layer(attention: Node) -> Layer:
     """
     a = _arguments(attention, decode_attention)
     nodes = {attention}
+    if a.q_weight is not None or a.k_weight is not None:
+        raise Miss("query and key go through norms of their heads, which the stack does not have", attention)
     heads, kv_heads, head_dim = _sizes(a, attention)
     sources = [_projection(x, nodes) for x in (a.q, a.k, a.v)]
     outputs = list(dict.fromkeys(output for output, _ in sources))

@@ -155,7 +155,7 @@ def step(
     return make
 
 
-# tests/test_decode_stack.py has more, in one data type.
+# tests/test_decode_stack_pattern.py has more, in one data type.
 _SPELLINGS: dict[str, dict[str, Any]] = {
     "parallel": {},
     "sequential": {"kind": "sequential", "layers": 3},

@@ -9,9 +9,10 @@ Inductor writes the projection, reads it and x, and writes the sum: three passes
 time. In the product's epilogue two of the three are gone. By the bytes that pays for weights of up to 1,536 lanes: for
 wider ones a product that is 20 % slower than the GEMM library's costs more than the passes. The coefficients stay on
 the device and may need gradients. Where a norm follows a sum with a plain x, `gated_residual_norm` and Inductor take
-the sum with it. Measured on Hopper (32,768 x 768: 75 against 109 us; 4,096 x 512: 8.3 against 12.1); only with
-options["unmeasured"]: other GPUs, coefficients of [B, 1, N], those that the kernel computes itself, which are
-elementwise functions of one tensor, as c_skip(t), and the gradient that reads what its sums share in one pass.
+the sum with it. Coefficients that are elementwise functions of one tensor, as c_skip(t), are computed in the epilogue,
+too. Measured on Hopper (32,768 x 768: 75 against 109 us; 4,096 x 512: 8.3 against 12.1); only with
+options["unmeasured"]: other GPUs, coefficients of [B, 1, N], functions where gradients are wanted, and
+the gradient that reads what its sums share in one pass.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ from torch_fuse.rewrite.view import GraphView
 
 # A product of wider rows takes longer by more than the passes, when it is 20 % slower than the GEMM library's.
 MAX_INNER = 1536
-# Below that, the kernel that computes the coefficients, which Inductor has in that of the combination, costs what is
-# won: blocks of 0.13 and 0.5 M elements take 1.02 times Inductor's time, of 2.1 M 0.93 and 1.0, of 6.3 M and more 0.93
-# to 0.97.
-MIN_SIZE = 1 << 21
+# Below that, a kernel that computes the coefficients, which Inductor has in that of the combination, costs what is won:
+# blocks of 0.13 and 0.5 M elements take 1.02 times Inductor's time, of 2.1 M 0.93 and 1.0, of 6.3 M and more 0.93 to
+# 0.97. Where the product's kernel computes them, 0.13 M elements take 1.0 and 0.5 M 0.95
+# (benchmarks/results/attention_skip_blocks_2.jsonl).
+MIN_SIZE, MIN_SIZE_INSIDE = 1 << 21, 1 << 19
 # Fewer rows, and the call is bound by launches, of which there is one in either case.
 MIN_ROWS = 256
 
@@ -95,8 +97,9 @@ class AttentionSkip(Pattern):
             x = tensor(skip.x)
             assert x is not None
             size = math.prod([size_hint(n, 1) for n in x.shape])
-            if reason is None and size < MIN_SIZE:
-                reason = f"{size} elements; it pays from {MIN_SIZE} on"
+            least = MIN_SIZE_INSIDE if _inside(match, options) else MIN_SIZE
+            if reason is None and size < least:
+                reason = f"{size} elements; it pays from {least} on"
             if reason is not None:
                 return f"the combination in the product's epilogue is not measured to win: {reason}"
         return _no_profit(skip)
@@ -108,8 +111,7 @@ class AttentionSkip(Pattern):
         op = linear_skip.reference if options.kernels == "reference" else linear_skip.linear_skip
         spec = _spec(skip)
         # Elsewhere the kernel would be given the values: Inductor computes those of both coefficients in one kernel.
-        taken = options.unmeasured and _linear_skip_hopper.cannot_take(_operands(skip), spec) is None
-        inside = taken or options.kernels == "reference"
+        inside = _inside(match, options) or options.kernels == "reference"
         functions = match.bindings["functions"] if inside else (None, None)
         a, b = (_emit(c, of, builder) for c, of in zip((skip.a, skip.b), functions, strict=True))
         a_of, b_of = ("x" if of is None else of.function for of in functions)
@@ -126,6 +128,14 @@ class AttentionSkip(Pattern):
         from torch_fuse.patterns import _attention_skip_examples
 
         return _attention_skip_examples.near_misses()
+
+
+def _inside(match: Match, options: Options) -> bool:
+    """Whether Hopper's kernel computes the coefficients itself; with gradients that is not measured to win."""
+    skip: Skip = match.bindings["skip"]
+    if not any(match.bindings["functions"]) or not (options.unmeasured or not tensor(skip.node).requires_grad):  # type: ignore[union-attr]
+        return False
+    return _linear_skip_hopper.cannot_take(_operands(skip), _spec(skip)) is None
 
 
 def _norm_behind(skip: Skip, total: Node) -> Node | None:

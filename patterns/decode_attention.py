@@ -4,7 +4,7 @@ Before: q, k = rope(q, cos, sin), rope(k, cos, sin)
         positions = arange(Q) + length;  length += Q
         keys.index_copy_(2, positions, k);  values.index_copy_(2, positions, v)
         scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-After:  decode_attention(q, k, v, cos, sin, keys, values, length, None, mask)
+After:  decode_attention(q, k, v, cos, sin, keys, values, length, None, mask)          # and an RMSNorm of q and k
 
 For every transformers model with a StaticCache, as `generate(cache_implementation="static")` compiles it: one or a few
 new tokens, grouped or multi-query heads, repeated or not, partial or full RoPE. Any boolean mask is right, since the op
@@ -15,26 +15,24 @@ where Inductor takes six.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.fx import Node
 
 from torch_fuse.graph.attention import Attention, expanded_heads
-from torch_fuse.graph.cache import Append, match_append, match_counter, readers_before
+from torch_fuse.graph.cache import Append, appended, match_append, match_counter, readers_before
 from torch_fuse.graph.calls import call_of
+from torch_fuse.graph.effects import mutated
 from torch_fuse.graph.heads import Heads, match_heads
-from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.values import equal, same_shape, static_int, storages, tensor, unequal
 from torch_fuse.kernels import decode_attention
 from torch_fuse.options import Options
 from torch_fuse.patterns._once import once
 from torch_fuse.patterns._rope_tables import emit_tables
 from torch_fuse.patterns.decode_norm_linear import unmeasured
-from torch_fuse.patterns.norm_qkv_rope_attention import check_same_rope, emit_heads
+from torch_fuse.patterns.norm_qkv_rope_attention import check_same_rope, emit_heads, emit_weight
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -53,17 +51,20 @@ class DecodeAttention(Pattern):
 
     def match(self, view: GraphView, anchor: Node) -> Match | None:
         attention = view.attentions[anchor]
-        if attention.written is not None or not _few_queries(attention):
+        if attention.written is not None or not few_queries(attention):
             return None
         key_heads, key_nodes = expanded_heads(attention.key)
         value_heads, value_nodes = expanded_heads(attention.value)
         if not (_writes_in_place(key_heads) and _writes_in_place(value_heads)):
+            _check_no_other_cache(key_heads, view, anchor)
             return None
         keys, values = (match_append(node, view.order, anchor) for node in (key_heads, value_heads))
         _check_attention(attention, keys, values, view)
-        query = match_heads(attention.query, view.order, view.fake_mode).without_norm()
+        query = match_heads(attention.query, view.order, view.fake_mode)
         known = () if query.rope is None else (query.rope.cos, query.rope.sin)
-        key = match_heads(keys.source, view.order, view.fake_mode, known).without_norm()
+        key = match_heads(keys.source, view.order, view.fake_mode, known)
+        if not _normed_alike(query, key):
+            query, key = query.without_norm(), key.without_norm()
         if query.as_one or key.as_one:
             raise Miss("query and key are rotated before they are cut into heads", anchor)
         if query.rope is None or key.rope is None:
@@ -79,6 +80,7 @@ class DecodeAttention(Pattern):
         position = keys.positions if counter is None else counter.length
         inputs = (
             query.source, key.source, values.source, *tables, keys.cache, values.cache, position, attention.mask,
+            *(heads.norm.weight for heads in (query, key) if heads.norm is not None),
         )  # fmt: skip
         bindings = {"attention": attention, "query": query, "key": key, "keys": keys, "values": values,
                     "counter": counter}  # fmt: skip
@@ -110,33 +112,41 @@ class DecodeAttention(Pattern):
             decode_attention.decode_attention,
             _emit_new(query, builder),
             _emit_new(key, builder),
-            _with_lanes(builder.call("transpose", found["values"].source, 1, 2), builder),
+            with_lanes(builder.call("transpose", found["values"].source, 1, 2), builder),
             None if tables is None else once(tables.cos, builder),
             None if tables is None else once(tables.sin, builder),
             found["keys"].cache,
             found["values"].cache,
             None if counter is None else counter.length,
             found["keys"].positions if counter is None else None,
-            _emit_mask(attention.mask, builder),
+            emit_mask(attention.mask, builder),
             0 if rope is None else rope.rotary_dim,
             False if rope is None else rope.interleaved,
             [] if tables is None else tables.cos_lanes,
             [] if tables is None else tables.sin_lanes,
             dim**-0.5 if attention.scale is None else float(attention.scale),
             options.early_launch,
+            emit_weight(query, builder),
+            emit_weight(key, builder),
+            0.0 if query.norm is None else query.norm.eps,
+            0.0 if query.norm is None else query.norm.weight_offset,
         )
         return {match.anchor: builder.call("transpose", new, 1, 2)}
 
     def spellings(self) -> Iterator[Example]:
-        for name, changes in _SPELLINGS.items():
-            yield Example(name, _step(**changes))
+        from torch_fuse.patterns._decode_attention_examples import SPELLINGS, step
+
+        for name, changes in SPELLINGS.items():
+            yield Example(name, step(**changes))
 
     def near_misses(self) -> Iterator[Example]:
-        for name, changes in _NEAR_MISSES.items():
-            yield Example(name, _step(**changes), fuses=False)
+        from torch_fuse.patterns._decode_attention_examples import NEAR_MISSES, step
+
+        for name, changes in NEAR_MISSES.items():
+            yield Example(name, step(**changes), fuses=False)
 
 
-def _few_queries(attention: Attention) -> bool:
+def few_queries(attention: Attention) -> bool:
     query = tensor(attention.query)
     queries = None if query is None or query.dim() != 4 else static_int(query.shape[2])
     return queries is not None and 1 <= queries <= MAX_QUERIES
@@ -150,6 +160,19 @@ def _writes_in_place(node: Node) -> bool:
     return node.op in ("placeholder", "get_attr") and any(
         (call := call_of(user)) is not None and (call.inplace or call.op == "setitem") for user in node.users
     )
+
+
+def _check_no_other_cache(keys: Node, view: GraphView, anchor: Node) -> None:
+    """Raises Kept, with the reason, where the keys come from a cache that the op does not append to."""
+    if appended(keys, view.order, anchor) is not keys:
+        raise Kept(
+            "the cache is a new tensor at each step (cat): RoPE is fused up to it; a StaticCache is written in place",
+            keys,
+        )
+    before = [node for node in view.order.writers if view.order.index[node] < view.order.index[anchor]]
+    write = next((node for node in before if any(storages(x) & storages(keys) for x in mutated(node))), None)
+    if keys.op in ("placeholder", "get_attr") and write is not None:
+        raise Kept(f"the cache is written whole by {write.name}: a full sliding window moves all of its keys", write)
 
 
 def _check_attention(attention: Attention, keys: Append, values: Append, view: GraphView) -> None:
@@ -197,119 +220,36 @@ def _check_cache_unseen(keys: Append, values: Append, region: set[Node], view: G
             raise Miss(f"{node.name} reads the cache before the attention does", node)
 
 
+def _normed_alike(query: Heads, key: Heads) -> bool:
+    """Whether the op can do the norms of query and key: an RMSNorm of each rotated head with one weight for all."""
+    a, b = query.norm, key.norm
+    if a is None or b is None or query.rope is None or key.rope is None:
+        return False
+    weights = [None if norm.weight is None else tensor(norm.weight) for norm in (a, b)]
+    plain = all(w is not None and w.dim() == 1 and equal(w.shape[0], query.head_dim) for w in weights)
+    own = all(tensor(norm.input).dtype == tensor(h.result).dtype for norm, h in ((a, query), (b, key)))  # type: ignore[union-attr]
+    same = (a.kind, query.scope, a.eps, a.weight_offset) == (b.kind, key.scope, b.eps, b.weight_offset)
+    return plain and own and same and (a.kind, query.scope) == ("rms", "head") and a.eps is not None
+
+
 def _unturned(node: Node, heads: Heads) -> Heads:
     """A query or key as it is, with all that is computed of it left outside."""
     return Heads(node, (0, 1, 2, 3), node, (), (0, 1, 2, 3), 0, heads.head_dim, None, None, "head", frozenset())
 
 
 def _emit_new(heads: Heads, builder: Builder) -> Node:
-    return _with_lanes(emit_heads(heads, builder), builder)
+    return with_lanes(emit_heads(heads, builder), builder)
 
 
-def _with_lanes(node: Node, builder: Builder) -> Node:
+def with_lanes(node: Node, builder: Builder) -> Node:
     """A value whose lanes lie side by side."""
     return node if equal(tensor(node).stride(3), 1) else builder.call("contiguous", node)  # type: ignore[union-attr]
 
 
-def _emit_mask(mask: Node, builder: Builder) -> Node:
+def emit_mask(mask: Node, builder: Builder) -> Node:
     found = tensor(mask)
     assert found is not None
     node = mask
     for _ in range(4 - found.dim()):
         node = builder.shared("unsqueeze", node, 0)
     return once(node, builder)
-
-
-# -- examples ------------------------------------------------------------------------------------------------------
-
-_B, _H, _D, _S = 2, 4, 8, 16
-
-
-class _Step(nn.Module):
-    """A decoding step as a model writes it."""
-
-    def __init__(self, kv_heads: int, rope: str, order: str, mask: str) -> None:
-        super().__init__()
-        self.kv_heads, self.rope, self.order, self.mask = kv_heads, rope, order, mask
-        self.proj = nn.Linear(16, (_H + 2 * kv_heads) * _D)
-
-    def forward(self, x, cos, sin, keys, values, length):
-        extra: Any = 0
-        sizes = [_H * _D, self.kv_heads * _D, self.kv_heads * _D]
-        q, k, v = (y.unflatten(-1, (-1, _D)).transpose(1, 2) for y in self.proj(x).split(sizes, -1))
-        if self.rope == "half":
-            q, k = (_rotate_half(y, cos, sin) for y in (q, k))
-        count, span = x.shape[1], torch.arange(_S, device=x.device)
-        seen = torch.arange(count, device=x.device) + length
-        mask = span <= seen[:, None]
-        if self.mask == "window":
-            mask = mask & (span > seen[:, None] - 3)
-        if self.mask == "additive":
-            mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, float("-inf"))
-        if self.mask != "two_dims":
-            mask = mask[None, None].expand(x.shape[0], 1, count, _S)
-        positions = torch.arange(count, device=x.device) + length
-        if self.order == "read_before":
-            extra = keys * 2
-        if self.order == "counted":
-            length.add_(count)
-        if self.order == "reversed":
-            positions = positions.flip(0)
-        keys.index_copy_(2, positions, k)
-        if self.order == "read_between":
-            extra = keys.sum()
-        values.index_copy_(2, positions + 1 if self.order == "other_positions" else positions, v)
-        if self.order == "written_twice":
-            keys.mul_(2)
-        if self.order == "counted_late_read":
-            length.add_(count)
-            extra = length + 1
-        key, value = keys, values
-        if self.kv_heads != _H:
-            key, value = (y.repeat_interleave(_H // self.kv_heads, 1) for y in (keys, values))
-        if self.mask == "none":
-            return F.scaled_dot_product_attention(q, key, value), extra
-        return F.scaled_dot_product_attention(q, key, value, attn_mask=mask).transpose(1, 2), extra
-
-
-def _rotate_half(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    a, b = x.chunk(2, -1)
-    return x * cos[:, None] + torch.cat((-b, a), -1) * sin[:, None]
-
-
-def _step(
-    queries: int = 1, kv_heads: int = _H, rope: str = "half", order: str = "counted", mask: str = "causal",
-    grad: bool = False,
-) -> Callable[[torch.dtype], tuple[nn.Module, tuple[Any, ...]]]:  # fmt: skip
-    def make(dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
-        model = _Step(kv_heads, rope, order, mask).to(dtype).requires_grad_(grad)
-        angle = torch.rand(1, queries, _D // 2).repeat(1, 1, 2)
-        tables = (angle.cos().to(dtype), angle.sin().to(dtype))
-        caches = tuple(torch.randn(_B, kv_heads, _S, _D).to(dtype) for _ in range(2))
-        return model, (torch.randn(_B, queries, 16).to(dtype), *tables, *caches, torch.tensor(5))
-
-    return make
-
-
-_SPELLINGS: dict[str, dict[str, Any]] = {
-    "one_token": {},
-    "three_tokens": {"queries": 3},
-    "grouped": {"kv_heads": 2},
-    "multi_query_two_tokens": {"kv_heads": 1, "queries": 2},
-    "no_rope": {"rope": "none"},
-    "positions_not_counted": {"order": "positions"},
-    "positions_reversed": {"order": "reversed", "queries": 3},
-    "window": {"mask": "window", "queries": 2},
-    "mask_of_two_dims": {"mask": "two_dims"},
-    "count_is_read_in_between": {"order": "counted_late_read"},
-}
-_NEAR_MISSES: dict[str, dict[str, Any]] = {
-    "no_mask": {"mask": "none"},
-    "additive_mask": {"mask": "additive"},
-    "too_many_tokens": {"queries": 9, "order": "positions"},
-    "cache_read_before": {"order": "read_before"},
-    "cache_read_in_between": {"order": "read_between"},
-    "cache_written_twice": {"order": "written_twice"},
-    "values_elsewhere": {"order": "other_positions"},
-    "gradients": {"grad": True, "order": "positions"},
-}

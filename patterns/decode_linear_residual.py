@@ -26,7 +26,14 @@ from torch_fuse.graph.values import tensor
 from torch_fuse.kernels import linear_residual_gemv
 from torch_fuse.options import Options
 from torch_fuse.patterns._early_launch import may_launch_early
-from torch_fuse.patterns.decode_norm_linear import _rows, check_bias, few_rows, too_many_rows, unmeasured
+from torch_fuse.patterns.decode_norm_linear import (
+    _rows,
+    check_bias,
+    check_stored,
+    few_rows,
+    too_many_rows,
+    unmeasured,
+)
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
@@ -63,6 +70,8 @@ class DecodeLinearResidual(Pattern):
         base = [term for term in residual.terms if term.tensor is others[0]]
         if len(base) != 1 or base[0].factors or base[0].sign != 1 or match_linear(others[0]) is not None:
             return None
+        for linear in linears:
+            check_stored(view, linear)
         region |= {linear.node for linear in linears}
         _check(anchor, others[0], linears)
         inputs = (others[0], *(n for x in linears for n in (x.input, x.weight, x.bias) if n is not None))

@@ -25,16 +25,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from torch_fuse.graph.activation import gelus
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.linear import Linear, match_linear
-from torch_fuse.graph.miss import Miss
+from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.norm import Norm, match_norm, norms_of, strip_casts
 from torch_fuse.graph.values import same_shape, static_int, tensor
 from torch_fuse.kernels import norm_linear_gemv
 from torch_fuse.kernels._measured import not_hopper
 from torch_fuse.options import Options
+from torch_fuse.patterns._activation_behind import gelu_behind
 from torch_fuse.patterns._early_launch import may_launch_early
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
@@ -42,7 +42,6 @@ from torch_fuse.rewrite.registry import register
 from torch_fuse.rewrite.view import GraphView
 
 FEW_ROWS = 8
-_MOST_STEPS = 24  # of a written-out GELU
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,8 @@ class DecodeNormLinear(Pattern):
         if not norms or norms[0].node is not norm.node:
             return None  # reported with the first of the norms
         same = [other for other in norms if _alike(other, norm)]
+        for linear in (linear for other in same for linear in _linears(other)):
+            check_stored(view, linear)
         outputs = [output for other in same for output in _outputs(other, view.order)]
         _check(norm, outputs)
         weights = [linear.weight for output in outputs for linear in output.linears]
@@ -170,6 +171,12 @@ def too_many_rows(node: Node) -> str | None:
     return None if rows is not None and rows <= most else f"{rows} rows: it is known to pay up to {most}"
 
 
+def check_stored(view: GraphView, linear: Linear) -> None:
+    """Raises Kept for a layer whose weight is quantised: it would be written out to be read again."""
+    if not linear.nodes.isdisjoint(view.candidates("dequant")):
+        raise Kept("a weight is quantised, which `dequant_linear` reads as it is stored", linear.node)
+
+
 def check_bias(linear: Linear) -> None:
     """Raises Miss unless a layer's bias has one number for each of its results; sums broadcast."""
     bias, weight = tensor(linear.bias), tensor(linear.weight)
@@ -264,22 +271,11 @@ def _gated(node: Node, linears: dict[Node, Linear]) -> tuple[Node, Node, Node] |
 
 def _with_gelu(linear: Linear, norm: Norm, order: Order) -> Output:
     """A linear layer with the GELU behind it, when nothing else reads the layer's result."""
-    node = linear.node
-    plain = Output(node, norm, (linear,), "none", linear.nodes)
-    ahead: dict[Node, None] = {}
-    pending = [node]
-    while pending and len(ahead) < _MOST_STEPS:
-        for user in pending.pop(0).users:
-            if user not in ahead and user in order.index:
-                ahead[user] = None
-                pending.append(user)
-    for gelu in gelus(sorted(ahead, key=order.index.__getitem__)):
-        inside = {*linear.nodes, *gelu.nodes}
-        if gelu.input is not node or any(u not in inside for n in inside - {gelu.node} for u in n.users):
-            continue
-        name = "gelu" if gelu.approximate == "none" else "gelu_tanh"
-        return Output(gelu.node, norm, (linear,), name, frozenset(inside))
-    return plain
+    found = gelu_behind(linear.node, linear.nodes, order)
+    if found is None or any(user not in linear.nodes for n in linear.nodes - {linear.node} for user in n.users):
+        return Output(linear.node, norm, (linear,), "none", linear.nodes)
+    node, name, nodes = found
+    return Output(node, norm, (linear,), name, linear.nodes | nodes)
 
 
 # -- examples ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Before: linear(x, ((codes.float() - zero) * scale).to(x.dtype), b)   # or any other way to write that; shifts; blocks
         linear(x, codes.to(x.dtype)) * scale
 After:  torch_fuse.dequant_linear(x, codes, scale, zero, lut, b, <format>)
+        # and, for a few rows: linear(gelu(linear(...))) has the activation in the op of the inner one
 
 For weight-only quantised models: int8 (a scale a row, a tensor, a group), int4 (every order of nibbles), 8-bit floats,
 tables of 16 (NF4, IQ4), GGUF's blocks, HQQ, GPTQ without reordering, PT2E, optimum-quanto. Inductor writes the
@@ -26,15 +27,18 @@ from torch_fuse.graph.closure import Closure, closure_of
 from torch_fuse.graph.dequant import OutputScale, Product, match_output_scale, match_product
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.library_ops import check_not_kept
+from torch_fuse.graph.linear import into_linears
 from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.subclass import Traced, packed_source, trace_linear
-from torch_fuse.graph.values import static_int, tensor
+from torch_fuse.graph.values import static_int, storages, tensor
 from torch_fuse.kernels import _dequant_dispatch as dispatch
 from torch_fuse.kernels import dequant_linear
 from torch_fuse.kernels._measured import not_hopper
 from torch_fuse.kernels.packed_weight import COMPUTE
 from torch_fuse.options import Options
 from torch_fuse.patterns import _dequant_examples as examples
+from torch_fuse.patterns._activation_behind import activation_behind
+from torch_fuse.patterns._early_launch import may_launch_early
 from torch_fuse.patterns._packed_formats import read
 from torch_fuse.patterns._packed_parts import Reading
 from torch_fuse.rewrite.builder import Builder
@@ -77,10 +81,16 @@ class DequantLinear(Pattern):
                 read_by_op.append(scaled.scale)
         if outer.bias is not None:
             read_by_op.append(outer.bias)
+        behind = _epilogue(end, region, outer, view.order)
+        if behind is not None:
+            end, _, nodes = behind
+            region |= nodes
         inputs = tuple(dict.fromkeys(read_by_op))
-        bindings = {"outer": outer, "product": product, "closures": closures, "scaled": scaled, "traced": traced}
-        bindings["packed"] = packed
-        return Match(anchor, bindings, (end,), frozenset(region - set(inputs)), inputs, f"weight {list(product.shape)}")
+        bindings = {"outer": outer, "product": product, "closures": closures, "scaled": scaled, "traced": traced,
+                    "packed": packed, "activation": "none" if behind is None else behind[1],
+                    "order": view.order}  # fmt: skip
+        note = f"weight {list(product.shape)}" + ("" if behind is None else f", {behind[1]}")
+        return Match(anchor, bindings, (end,), frozenset(region - set(inputs)), inputs, note)
 
     def check(self, match: Match, options: Options) -> str | None:
         product: Product = match.bindings["product"]
@@ -110,7 +120,7 @@ class DequantLinear(Pattern):
             return node if traced is None else traced.emit(node, match.bindings["packed"], builder.call)
 
         op = dequant_linear.reference if options.kernels == "reference" else dequant_linear.dequant_linear
-        leaves = [here(leaf) for leaf in closure.leaves]
+        leaves = [here(leaf) if traced is not None else _viewed_first(leaf, builder) for leaf in closure.leaves]
         parts: list[Node | None] = [
             None if part is None else part.emit(leaves, builder)
             for part in (reading.codes, reading.scale, reading.zero, reading.lut)
@@ -119,7 +129,10 @@ class DequantLinear(Pattern):
             parts[1] = builder.call("reshape", here(scaled.scale), -1, 1)
         for node, (a, b) in closure.steps.items():
             _expect_steps(here(node), a, b, builder)
-        new = builder.call(op, outer.input, *parts, outer.bias, *reading.form)
+        early = options.early_launch and _may_launch_early(match, parts)
+        activation: str = match.bindings["activation"]
+        epilogue = (activation, early) if early or activation != "none" else ()
+        new = builder.call(op, outer.input, *parts, outer.bias, *reading.form, *epilogue)
         return {match.replaced[0]: new}
 
     def spellings(self) -> Iterator[Example]:
@@ -144,6 +157,70 @@ def _traced(outer: Product, packed: Node, view: GraphView) -> Traced:
     if reader is not None:
         raise Kept(f"{reader.name} reads the dequantised weight too, which is then written out anyway", reader)
     return trace_linear(outer.input, packed, view.fake_mode, weight.dtype)
+
+
+def _viewed_first(leaf: Node, builder: Builder) -> Node:
+    """A slice of bytes viewed as floats, such as GGUF's scales, as a slice of all the bytes viewed as floats.
+
+    It is the same memory. But Inductor copies a slice before such a view, and once more to give it the strides of the
+    view: together more than the weight. Other leaves are returned as they are.
+    """
+    if leaf.op != "call_method" or leaf.target != "view" or not isinstance(leaf.args[1], torch.dtype):
+        return leaf
+    dtype, node = leaf.args[1], leaf.args[0]
+    sliced = tensor(node)
+    if not isinstance(node, Node) or sliced is None or sliced.dim() == 0 or sliced.itemsize >= dtype.itemsize:
+        return leaf
+    ratio, kept = dtype.itemsize // sliced.itemsize, storages(node)
+    while len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+        whole = tensor(node)
+        if whole is None:  # the pieces of a split
+            continue
+        if storages(node) != kept or whole.dtype != sliced.dtype or whole.stride() != sliced.stride():
+            break
+        start = sliced.storage_offset() - whole.storage_offset()
+        if not all(isinstance(number, int) for number in (start, *whole.shape, *whole.stride())):
+            break
+        fits = whole.stride(-1) == 1 and 0 <= start <= whole.shape[-1] - sliced.shape[-1]
+        whole_numbers = (start, whole.shape[-1], *whole.stride()[:-1])
+        if whole.shape[:-1] == sliced.shape[:-1] and fits and all(number % ratio == 0 for number in whole_numbers):
+            viewed = builder.call("view", node, dtype)
+            return builder.call("narrow", viewed, -1, start // ratio, sliced.shape[-1] // ratio)
+    return leaf
+
+
+def _epilogue(
+    end: Node, before: set[Node], outer: Product, order: Order
+) -> tuple[Node, str, frozenset[Node]] | None:  # fmt: skip
+    """(result, name, nodes) of the activation that the op computes too; None where that saves no launch.
+
+    Where the activation is multiplied by something, or normalised, Inductor has a launch for that, and computes the
+    activation in it.
+    """
+    result = tensor(end)
+    if result is None or result.requires_grad or not dispatch.has_epilogue(_rows(outer)):
+        return None
+    found = activation_behind(end, before, order)
+    return found if found is not None and into_linears(found[0]) else None
+
+
+def _may_launch_early(match: Match, parts: list[Node | None]) -> bool:
+    """Whether the op's parts and its bias are there before the launch in front of it: stored, and only viewed."""
+    outer: Product = match.bindings["outer"]
+    stored = [_stored(part) for part in (*parts, outer.bias) if part is not None]
+    constants = [node for node in stored if node is not None]
+    return len(constants) == len(stored) and may_launch_early(match.bindings["order"], constants, outer.input)
+
+
+def _stored(node: Node) -> Node | None:
+    """The input of the graph that a value is read from as it lies in memory, or None."""
+    while node.op not in ("placeholder", "get_attr"):
+        source = node.args[0] if node.args else None
+        if not isinstance(source, Node) or (node.target is not getattr and storages(node) != storages(source)):
+            return None
+        node = source
+    return node
 
 
 def _expect_steps(node: Node, a: int, b: int, builder: Builder) -> None:
@@ -212,13 +289,19 @@ def _learns(outer: Product) -> bool:
 
 def _unmeasured(outer: Product, device: torch.device) -> str | None:
     """Why the op is not measured to win, whatever the weight's format, or None."""
-    x, result = tensor(outer.input), tensor(outer.node)
-    assert x is not None and result is not None
+    result = tensor(outer.node)
+    assert result is not None
     if result.requires_grad:
         return "a gradient is wanted, and it is not measured to win then"
+    return not_hopper(device) or dispatch.unmeasured_rows(_rows(outer))
+
+
+def _rows(outer: Product) -> int | None:
+    """The product's rows, or None when their number is not static."""
+    x = tensor(outer.input)
+    assert x is not None
     sizes = [static_int(size) for size in x.shape[:-1]]
-    rows = None if None in sizes else math.prod(sizes)  # type: ignore[arg-type]
-    return not_hopper(device) or dispatch.unmeasured_rows(rows)
+    return None if None in sizes else math.prod(sizes)  # type: ignore[arg-type]
 
 
 def _no_kernel(outer: Product, closure: Closure, reading: Reading, options: Options) -> str | None:

@@ -121,8 +121,8 @@ class NormQkvRopeAttention(Pattern):
             op,
             emit_heads(query, builder),
             emit_heads(key, builder),
-            _emit_weight(query, builder),
-            _emit_weight(key, builder),
+            emit_weight(query, builder),
+            emit_weight(key, builder),
             tables.cos,
             tables.sin,
             _norm_name(query),
@@ -264,7 +264,7 @@ def _emit_view(view: Node, source: Node, builder: Builder) -> Node:
     return builder.call(target, *args, **kwargs)
 
 
-def _emit_weight(heads: Heads, builder: Builder) -> Node | None:
+def emit_weight(heads: Heads, builder: Builder) -> Node | None:
     weight = None if heads.norm is None else heads.norm.weight
     if weight is None or tensor(weight).is_contiguous():  # type: ignore[union-attr]
         return weight

@@ -285,8 +285,13 @@ def test_where_it_is_not_measured_it_wants_the_option(monkeypatch: pytest.Monkey
     assert (status, reason) == ("kept", unmeasured + "the device is no NVIDIA GPU")
     assert decision(examples.rcm)[0] == "fused"
     monkeypatch.setattr("torch_fuse.kernels._linear_skip_hopper.cannot_take", lambda *_: None)
-    assert decision(examples.rcm, AUTO)[1] == unmeasured + f"{256 * examples.C} elements; it pays from 2097152 on"
-    monkeypatch.setattr("torch_fuse.patterns.attention_skip.MIN_SIZE", 1)
+    # The kernel computes c_skip(t) and c_out(t) itself, where no gradient is wanted; a gate of lanes is in memory.
+    for spelling, grad, least in ((examples.rcm, False, 1 << 19), (examples.rcm, True, 1 << 21),
+                                  (examples.layer_scale, False, 1 << 21)):  # fmt: skip
+        small = f"{256 * examples.C} elements; it pays from {least} on"
+        assert decision(spelling, AUTO, grad=grad)[1] == unmeasured + small
+    for limit in ("MIN_SIZE", "MIN_SIZE_INSIDE"):
+        monkeypatch.setattr(f"torch_fuse.patterns.attention_skip.{limit}", 1)
     assert decision(examples.rcm, AUTO)[0] == "fused"
     for spelling in (examples.dit_gate, examples.nested_factors):  # the second: of a sample times one of a lane
         status, reason, _ = decision(spelling, AUTO)

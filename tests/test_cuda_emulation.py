@@ -12,9 +12,10 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 # slots; then every CTA adds up what all have written.
 RING = r"""
 #include "primitives.cuh"
+enum { NONE, NO_WAIT, NO_SYNCWARP, NO_RELEASE, NO_GROUP, ONE_MORE, ONE_LESS };
 constexpr int SLOTS = 2, CHUNK = 64, CONSUMERS = 2;
 extern "C" __global__ void __launch_bounds__(96)
-ring(const float* data, int rows, float* partial, unsigned* counter, float* out) {
+ring(const float* data, int rows, float* partial, unsigned* counter, float* out, int fault) {
   extern __shared__ __align__(128) unsigned char shared[];
   float* slots = reinterpret_cast<float*>(shared);
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + SLOTS * CHUNK * 4);
@@ -41,64 +42,59 @@ ring(const float* data, int rows, float* partial, unsigned* counter, float* out)
   float sum = 0.0f;
   for (int row = 0; row < rows; row++) {
     int slot = row % SLOTS;
-#ifndef NO_WAIT
-    mbarrier_wait(full + slot, row / SLOTS & 1);
-#endif
+    if (fault != NO_WAIT) mbarrier_wait(full + slot, row / SLOTS & 1);
     sum += slots[slot * CHUNK + warp() * 32 + lane()];
-#ifndef NO_SYNCWARP
-    __syncwarp();
-#endif
-    if (lane() == 0 NO_RELEASE) mbarrier_arrive(empty + slot);
+    if (fault != NO_SYNCWARP) __syncwarp();
+    if (lane() == 0 && (fault != NO_RELEASE || row != 3)) mbarrier_arrive(empty + slot);
   }
   for (int other = 16; other; other >>= 1) sum += shuffle_xor(sum, other);
   if (lane() == 0) sums[warp()] = sum;
-#ifndef NO_GROUP
-  group_sync(1, CONSUMERS * 32);
-#endif
+  if (fault != NO_GROUP) group_sync(1, CONSUMERS * 32);
   if (threadIdx.x == 0) {
     partial[blockIdx.x] = sums[0] + sums[1];
     grid_arrive(counter);
-    grid_wait(counter, gridDim.x MORE);
+    grid_wait(counter, gridDim.x + (fault == ONE_MORE) - (fault == ONE_LESS));
     float total = 0.0f;
     for (int i = 0; i < int(gridDim.x); i++) total += load_shared_by_others(partial + i);
     out[blockIdx.x] = total;
   }
 }
 """
+FAULTS = ["none", "no_wait", "no_syncwarp", "no_release", "no_group", "one_more", "one_less"]
 CTAS, ROWS, SHARED = 3, 7, 2 * 64 * 4 + 4 * 8 + 8
+DATA = torch.arange(CTAS * ROWS * 64, dtype=torch.float32) % 17
+EXPECTED = [float(DATA.sum())] * CTAS
 
 
-def ring(seed: int = 0, races: bool = False, **defines: object) -> tuple[torch.Tensor, float]:
-    kernel = EmulatedKernel(RING, "ring", {"NO_RELEASE": "", "MORE": "", **defines}, races)
-    data = torch.arange(CTAS * ROWS * 64, dtype=torch.float32) % 17
+def ring(seed: int, fault: str = "none", races: bool = False) -> list[float]:
     out = guarded(torch.full((CTAS,), -1.0))
-    kernel(CTAS, 96, SHARED, [guarded(data), ROWS, torch.empty(CTAS), torch.zeros(1, dtype=torch.int32), out], seed)
-    return out, float(data.sum())
+    counter = torch.zeros(1, dtype=torch.int32)
+    arguments = [guarded(DATA), ROWS, torch.empty(CTAS), counter, out, FAULTS.index(fault)]
+    EmulatedKernel(RING, "ring", races=races)(CTAS, 96, SHARED, arguments, seed)
+    return out.tolist()
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_ring_and_a_grid_barrier_give_the_sum(seed: int) -> None:
-    out, expected = ring(seed)
-    assert out.tolist() == [expected] * CTAS
+    assert ring(seed) == EXPECTED
 
 
 def test_a_slot_that_is_never_freed_is_a_deadlock() -> None:
     with pytest.raises(EmulationError, match=r"deadlock.*\n.*threads wait for mbarrier of parity") as raised:
-        ring(NO_RELEASE="&& row != 3")
+        ring(0, "no_release")
     assert "0:64-64" in str(raised.value)  # the producer of the first CTA
 
 
 def test_a_counter_that_never_reaches_its_goal_is_a_deadlock() -> None:
     with pytest.raises(EmulationError, match="3 threads wait for a counter in global memory"):
-        ring(MORE="+ 1")
+        ring(0, "one_more")
 
 
 def test_a_missing_wait_reads_what_has_not_arrived() -> None:
     wrong = 0
     for seed in range(8):
         try:
-            out, expected = ring(seed, NO_WAIT=1)
-            wrong += out.tolist() != [expected] * CTAS
+            wrong += ring(seed, "no_wait") != EXPECTED
         except EmulationError:
             wrong += 1
     assert wrong >= 4
@@ -106,22 +102,22 @@ def test_a_missing_wait_reads_what_has_not_arrived() -> None:
 
 def test_an_order_of_all_accesses_is_found_whatever_ran_first() -> None:
     for seed in range(4):
-        assert ring(seed, races=True)[0].tolist() == [ring()[1]] * CTAS
+        assert ring(seed, races=True) == EXPECTED
 
 
 @pytest.mark.parametrize(
-    ("defines", "one", "other"),
+    ("fault", "one", "other"),
     [
-        ({"NO_WAIT": 1}, "bulk load", "read by CTA ."),
-        ({"MORE": "- 1"}, "written by CTA .", "read by CTA ."),
-        ({"NO_SYNCWARP": 1}, "written by a bulk load", "read by CTA ."),
-        ({"NO_GROUP": 1}, "written by CTA ., warp 1", "read by CTA ., warp 0"),
+        ("no_wait", "bulk load", "read by CTA ."),
+        ("one_less", "written by CTA .", "read by CTA ."),
+        ("no_syncwarp", "written by a bulk load", "read by CTA ."),
+        ("no_group", "written by CTA ., warp 1", "read by CTA ., warp 0"),
     ],
 )
-def test_a_race_is_found_under_every_seed(defines: dict[str, object], one: str, other: str) -> None:
+def test_a_race_is_found_under_every_seed(fault: str, one: str, other: str) -> None:
     for seed in range(4):
         with pytest.raises(EmulationError, match=rf"race at(.|\n)*({one}(.|\n)*{other}|{other}(.|\n)*{one})"):
-            ring(seed, races=True, **defines)
+            ring(seed, fault, races=True)
 
 
 SET_UP = "uint64_t* b = (uint64_t*)shared; if (threadIdx.x == 0) mbarrier_init(b, 1); __syncthreads();"

@@ -14,6 +14,7 @@ from transformers import StaticCache
 
 from torch_fuse import Options
 from torch_fuse.kernels import linear_residual_gemv, norm_linear_gemv
+from torch_fuse.patterns import decode_norm_linear
 
 OPS = ("decode_attention", "decode_norm_linear", "decode_linear_residual")
 LAYERS = 2
@@ -75,6 +76,20 @@ def test_several_rows_and_two_caches_in_turn(name: str, batch: int, new: int) ->
     assert ("decode_norm_linear", "fused") in rewriter.statuses, rewriter.report
 
 
+@pytest.mark.parametrize(("batch", "new"), [(1, 1), (2, 3)])
+def test_norms_of_query_and_key_are_done_in_the_op(batch: int, new: int) -> None:
+    model = models.build("Qwen3")
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers:  # ones would hide a weight that is taken for another
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+    rewriter = Rewriter()
+    same_steps(model, rewritten(model, rewriter), batch, new, prompts=(5,), steps=2)
+    nodes = [node for graph in rewriter.graphs for node in graph.graph.nodes]
+    calls = [node for node in nodes if "decode_attention" in str(node.target)]
+    assert calls and all(call.args[-3] is not None and call.args[-2] == 1e-6 for call in calls), rewriter.report
+
+
 def test_inductor_takes_the_step_as_it_is() -> None:
     """The first layer's count is read by the mask and the tables, which Inductor may compute after it has changed.
 
@@ -93,6 +108,16 @@ def test_inductor_takes_the_step_as_it_is() -> None:
     assert f"empty_strided_cpu({shape}" not in code
 
 
+def test_a_step_is_measured_in_16_bits_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = torch.fx.Graph()
+    half, full = graph.placeholder("half"), graph.placeholder("full")
+    half.meta["example_value"], full.meta["example_value"] = torch.empty(1, 16).half(), torch.empty(1, 16)
+    assert "cpu" in (decode_norm_linear.unmeasured(half) or "")
+    monkeypatch.setattr(decode_norm_linear, "not_hopper", lambda device: None)
+    assert decode_norm_linear.unmeasured(half) is None
+    assert "torch.float32" in (decode_norm_linear.unmeasured(full) or "")
+
+
 def test_a_prefill_is_left_alone() -> None:
     model = models.build("Llama")
     rewriter = Rewriter()
@@ -104,6 +129,28 @@ def test_a_prefill_is_left_alone() -> None:
         found = rewritten(model, rewriter)(ids, past_key_values=mine).logits
         torch.testing.assert_close(found, model(ids, past_key_values=theirs).logits)
     assert not {(op, "fused") for op in OPS} & rewriter.statuses
+
+
+@pytest.mark.parametrize(
+    ("cache", "changes", "reason"),
+    [("dynamic", {}, "a new tensor at each step"), ("static", {"sliding_window": 8}, "a full sliding window moves")],
+)
+def test_a_cache_that_is_not_appended_to_has_its_reason(cache: str, changes: dict[str, Any], reason: str) -> None:
+    from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+
+    sizes = {**models.LANGUAGE_MODELS["Llama"][1], "num_hidden_layers": 1, "sliding_window": None, **changes}
+    torch.manual_seed(0)
+    model, rewriter = MistralForCausalLM(MistralConfig(**sizes)).eval(), Rewriter()
+    make = DynamicCache if cache == "dynamic" else lambda config: StaticCache(config=config, max_cache_len=32)
+    mine, theirs = make(config=model.config), make(config=model.config)
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        for each in (mine, theirs):
+            model(ids, past_key_values=each)
+        found = rewritten(model, rewriter)(ids[:, :1], past_key_values=mine).logits
+        torch.testing.assert_close(found, model(ids[:, :1], past_key_values=theirs).logits)
+    (site,) = [site for site in rewriter.report.sites if site.pattern == "decode_attention"]
+    assert site.status == "kept" and reason in site.reason, rewriter.report
 
 
 def test_caches_of_other_sizes_are_recognised_too() -> None:

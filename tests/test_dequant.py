@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torch_fuse import Options
+from torch_fuse.graph import values
 from torch_fuse.patterns import _packed_formats as formats
 from torch_fuse.patterns._dequant_examples import Quantised, gptq, gptq_forward, int8, make
 from torch_fuse.rewrite.registry import patterns
@@ -173,6 +174,19 @@ def test_a_format_is_looked_for_once_for_layers_of_one_kind(monkeypatch: pytest.
     assert rewriter.report.counts()[PATTERN] == {"fused": 3} and len(searched) == 1
 
 
+@pytest.mark.parametrize("name, block", [("Q8_0", 34), ("Q4_0", 18)])
+def test_scales_among_codes_are_viewed_before_they_are_sliced(name: str, block: int) -> None:
+    """Inductor would copy a slice of bytes that is viewed as floats."""
+    example = next(example for example in patterns()[PATTERN].spellings() if example.name == name)
+    module, (x,) = example.make(torch.float16)
+    found, rewriter, _ = run(module, x.detach())
+    with torch.no_grad():
+        assert torch.equal(found, module(x))
+    calls = [node for node in rewriter.graphs[0].graph.nodes if node.target == "view" and node.users]
+    views = [node for node in calls if node.args[1] == torch.float16]
+    assert [values.tensor(node.args[0]).shape[-1] for node in views] == [block]
+
+
 def test_without_a_kernel_or_a_measurement_the_graph_stays() -> None:
     module, (x,) = make(lambda m, x: F.linear(x, m.q.to(x.dtype) * m.s), int8(16, 1))(torch.float32)
     rewriter = Rewriter(Options(on_error="raise"))
@@ -246,6 +260,18 @@ def test_a_weight_that_is_a_tensor_subclass_is_read_by_its_parts(executor: Any) 
         torch.testing.assert_close(rewritten(layer, rewriter)(x), layer(x))
     assert rewriter.statuses == {(PATTERN, "fused")}, str(rewriter.report)
     assert form_of(rewriter)[:4] == (8, "int", 1, 32)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1, 1)])
+def test_a_tensor_subclass_takes_activations_of_any_strides(shape: tuple[int, int]) -> None:
+    layer = nn.Linear(32, 16, bias=False)
+    codes = torch.randint(-128, 128, (16, 32)).to(torch.int8)
+    layer.weight = nn.Parameter(Packed(codes, torch.rand(16, 1)), requires_grad=False)
+    x = torch.randn(*shape, 64)[..., ::2].transpose(0, 1)
+    with torch.no_grad():
+        found, rewriter, _ = run(layer, x)
+        torch.testing.assert_close(found, layer(x))
+    assert rewriter.statuses == {(PATTERN, "fused")}, str(rewriter.report)
 
 
 def test_a_tensor_subclass_that_changes_the_activations_is_left_alone() -> None:

@@ -87,7 +87,7 @@ def test_extras_named_in_documents_are_declared() -> None:
             assert extra in declared, f"{document.name}: {extra}"
 
 
-@pytest.mark.parametrize("name", ["pythia", "rcm", "wan"])
+@pytest.mark.parametrize("name", ["pythia", "quantized", "rcm", "wan"])
 def test_examples_do_not_need_torch_fuse_before_they_compile(name: str) -> None:
     source = text_of(f"examples/{name}.py")
     imported = re.search(r"^(?:import|from) torch_fuse", source, flags=re.MULTILINE)

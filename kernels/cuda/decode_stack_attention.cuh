@@ -147,8 +147,8 @@ struct Tile {
 };
 
 // What the token of this step adds, after it was appended to the cache.
-__device__ __forceinline__ void add_new(Softmax& state, const float* query, const uint16_t* projected, int head, int64_t position,
-                                        const Arguments& a, const Layer& layer, const Rest& rest) {
+__device__ __forceinline__ void add_new(Softmax& state, const float* query, const uint16_t* projected, int head,
+                                        int64_t position, const Arguments& a, const Layer& layer, const Rest& rest) {
   const int chunk = static_cast<int>(lane()) % LANES, kv = head / GROUP;
   if (position < 0 || position >= SIZE) return;
   float key[8] = {}, value[8] = {};
@@ -277,12 +277,13 @@ __device__ void attend(const Arguments& a, Rest& rest) {
 #pragma unroll 1
     for (int task = blockIdx.x; task < HEADS * SPLITS; task += CTAS) {
       const int head = task / SPLITS, split = task % SPLITS, kv = head / GROUP;
-      const int share = (live.count + SPLITS - 1) / SPLITS;
-      const int end = min(live.first + (split + 1) * share, live.first + live.count);
-      int begin = live.first + split * share + own * TILE;
       const int64_t position = COUNTED ? load_shared_by_others(layer.length)
                                : POSITION_BYTES == 8 ? static_cast<const int64_t*>(a.positions)[0]
                                                      : static_cast<const int*>(a.positions)[0];
+      const int count = live.count - (position == live.first + live.count - 1 ? 1 : 0);  // of keys in the cache
+      const int share = (count + SPLITS - 1) / SPLITS;
+      const int end = min(live.first + (split + 1) * share, live.first + count);
+      int begin = live.first + split * share + own * TILE;
       const Cache cache = {layer.keys + kv * a.key_head, layer.values + kv * a.value_head, layer.mask, position};
       Tile tile;
       tile.load(a, cache, begin, end);

@@ -1,5 +1,5 @@
-// What the warps of decode_stack.cu share: sizes, arguments, the block's rows, arithmetic. Constants that are not here are
-// the model's and the device's: kernels/_decode_stack_plan.py gives them to the compiler.
+// What the warps of decode_stack.cu share: sizes, arguments, the block's rows, arithmetic. Constants that are not here
+// are the model's and the device's: kernels/_decode_stack_plan.py gives them to the compiler.
 #pragma once
 
 #include "primitives.cuh"
@@ -10,6 +10,9 @@
 #ifndef ATTENTION
 #define ATTENTION 1
 #endif
+#ifndef OUT_FIRST  // 1: of a parallel residual, the output projection comes before the MLP's second weight
+#define OUT_FIRST 0
+#endif
 #ifndef TRACE  // 1 to leave the times at which each block came to each EVENT behind the workspace
 #define TRACE 0
 #endif
@@ -19,9 +22,13 @@ constexpr int THREADS = MATRIX_THREADS + ATTENTION_THREADS + 32;
 constexpr int MATRIX_GROUP = 1, ATTENTION_GROUP = 2, WRITERS_GROUP = 3;
 constexpr int UPS = GATED ? 2 : 1;
 constexpr int STRIDE = MATRIX_WARPS | 1;  // of sums: threads that read rows side by side meet in no bank
-enum { COUNTER_STREAM, COUNTER_PROJECTED, COUNTER_INNER, COUNTER_ATTENDED, COUNTER_MIDDLE, HEAD_COUNTERS, NO_COUNTER = -1 };
+enum Counter {
+  COUNTER_STREAM, COUNTER_PROJECTED, COUNTER_INNER, COUNTER_ATTENDED, COUNTER_MIDDLE, HEAD_COUNTERS, NO_COUNTER = -1
+};
 
-enum Event { AT_BEGIN, AT_STREAM, AT_PROJECTED, AT_UP, AT_INNER, AT_DOWN, AT_ATTENDED, AT_OUT, AT_QUERY, AT_TASKS, EVENTS = 16 };
+enum Event {
+  AT_BEGIN, AT_STREAM, AT_PROJECTED, AT_UP, AT_INNER, AT_FIRST, AT_ATTENDED, AT_OUT, AT_QUERY, AT_TASKS, EVENTS = 16
+};
 
 struct Layer {
   const uint16_t* norm_weight[2];
@@ -64,8 +71,9 @@ __device__ __forceinline__ void trace(const Arguments& a, int layer, Event event
 
 // How a weight [N, COLUMNS] is read: by chunks of ROWS * GROUPS rows, or, where a row is too long, by its SEGMENTS.
 // A slice of 256 columns is what a warp reads at once. WARPS share a row, each with PIECES slices of a segment.
-template <int COLUMNS_, int ROWS_, int SEGMENTS_>
+template <int COLUMNS_, int ROWS_, int SEGMENTS_, bool IS_OUT_ = false>
 struct Weight {
+  static constexpr bool IS_OUT = IS_OUT_;  // else two weights of the same sizes were the same
   static constexpr int COLUMNS = COLUMNS_, ROWS = ROWS_, SEGMENTS = SEGMENTS_;
   static constexpr int SLICES = (COLUMNS + 255) / 256, SEGMENT_SLICES = (SLICES + SEGMENTS - 1) / SEGMENTS;
   static constexpr int SEGMENT = SEGMENT_SLICES * 256 < COLUMNS ? SEGMENT_SLICES * 256 : COLUMNS;
@@ -95,7 +103,7 @@ struct Weight {
 };
 
 using In = Weight<WIDTH, IN_ROWS_OF_CHUNK, 1>;
-using Out = Weight<HEADS * HEAD_DIM, OUT_ROWS_OF_CHUNK, OUT_SEGMENTS>;
+using Out = Weight<HEADS * HEAD_DIM, OUT_ROWS_OF_CHUNK, OUT_SEGMENTS, true>;
 using Down = Weight<INNER, DOWN_ROWS_OF_CHUNK, DOWN_SEGMENTS>;
 
 struct Range {
@@ -127,13 +135,16 @@ struct Rest {
   int range[ATTENTION_WARPS][2];
   int last;
 };
-static_assert(!PARALLEL || (KEPT_ROWS * CTAS >= WIDTH && KEPT_ROWS <= Out::ROUND_ROWS), "all of a block's rows are kept");
+static_assert(!PARALLEL || KEPT_ROWS * CTAS >= WIDTH, "all of a block's rows are kept");
+static_assert(!PARALLEL || (KEPT_ROWS <= Out::ROUND_ROWS && KEPT_ROWS <= Down::ROUND_ROWS), "in one round");
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the host's struct is the same");
 static_assert(sizeof(Rest) <= REST_BYTES, "what the host asks for is enough");
 
 __device__ __forceinline__ float widened(uint16_t x) { return BFLOAT ? bfloat_to_float(x) : half_to_float(x); }
 __device__ __forceinline__ uint16_t rounded(float x) { return BFLOAT ? float_to_bfloat(x) : float_to_half(x); }
-__device__ __forceinline__ float2 widened_two(uint32_t x) { return BFLOAT ? bfloats_to_floats(x) : halves_to_floats(x); }
+__device__ __forceinline__ float2 widened_two(uint32_t x) {
+  return BFLOAT ? bfloats_to_floats(x) : halves_to_floats(x);
+}
 __device__ __forceinline__ float square(float x) { return x * x; }
 
 __device__ __forceinline__ void widen(const uint4& x, float* y) {
@@ -165,8 +176,8 @@ __device__ __forceinline__ float over_warp(float x) {
   return x;
 }
 
-// The sums over lanes of N values: of value i in the lanes [i * 32 / N, (i + 1) * 32 / N). Lanes that meet exchange half
-// of what they have.
+// The sums over lanes of N values: of value i in the lanes [i * 32 / N, (i + 1) * 32 / N). Lanes that meet exchange
+// half of what they have.
 template <int N, int OFFSET = 16>
 __device__ __forceinline__ float over_lanes(const float* values) {
   if constexpr (N == 1) {

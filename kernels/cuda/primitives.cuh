@@ -27,7 +27,19 @@ __device__ __forceinline__ uint64_t now() {
   return t;
 }
 constexpr uint64_t SPIN_LIMIT = 2000000000ull;
-constexpr unsigned SPINS_BETWEEN_LOOKS = 1024;
+class Patience {
+ public:
+  __device__ __forceinline__ void spin() {
+    if (++spins_ % 1024 != 0) return;  // looking at the clock takes longer than what is waited for
+    const uint64_t t = now();
+    if (start_ == 0) start_ = t;
+    if (t - start_ > SPIN_LIMIT) __trap();
+  }
+
+ private:
+  unsigned spins_ = 0;
+  uint64_t start_ = 0;
+};
 
 // ---- Barriers in shared memory that count arrivals and bytes
 
@@ -63,11 +75,8 @@ __device__ __forceinline__ bool mbarrier_done(uint64_t* b, unsigned parity) {
 
 // Waits until the phase of this parity is complete. A fresh barrier counts the phase before, of parity 1, as complete.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* b, unsigned parity) {
-  if (mbarrier_done(b, parity)) return;
-  const uint64_t start = now();
-  while (!mbarrier_done(b, parity)) {
-    if (now() - start > SPIN_LIMIT) __trap();
-  }
+  Patience patience;
+  while (!mbarrier_done(b, parity)) patience.spin();
 }
 
 // ---- Copies
@@ -78,8 +87,8 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, unsi
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(shared)),
       "l"(global), "r"(bytes), "r"(shared_address(b)), "l"(policy)
       : "memory");
 }
@@ -147,16 +156,12 @@ __device__ __forceinline__ void grid_arrive(unsigned* counter) {
 
 // One thread; its group has to meet before it reads.
 __device__ __forceinline__ void grid_wait(const unsigned* counter, unsigned goal) {
-  uint64_t start = 0;
-  for (unsigned spins = 0;; ++spins) {
+  Patience patience;
+  while (true) {
     unsigned seen;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
     if (seen >= goal) return;
-    if (spins % SPINS_BETWEEN_LOOKS == SPINS_BETWEEN_LOOKS - 1) {
-      const uint64_t t = now();
-      if (start == 0) start = t;
-      if (t - start > SPIN_LIMIT) __trap();
-    }
+    patience.spin();
   }
 }
 

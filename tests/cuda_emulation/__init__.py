@@ -67,7 +67,7 @@ def _made(name: str, key: Sequence[object], make: Callable[[Path], None]) -> Pat
 
 
 def _runtime() -> Path:
-    texts = [(HERE / name).read_text() for name in ("runtime.h", *RUNTIME)]
+    texts = [(HERE / name).read_text() for name in ("runtime.h", "fibers.h", *RUNTIME)]
     includes = "".join(f'#include "{HERE / name}"\n' for name in RUNTIME)
 
     def make(path: Path) -> None:

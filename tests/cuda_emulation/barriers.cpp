@@ -100,7 +100,8 @@ void emulated_fail(const char* reason) { fail(reason); }
 void emulated_pause() { maybe_pause(4); }
 
 uint64_t emulated_exchange(int kind, unsigned mask, uint64_t value, int source) {
-  static const char* const names[] = {"a shuffle of all lanes in its mask", "a ballot of all lanes in its mask", "__syncwarp"};
+  static const char* const names[] = {"a shuffle of all lanes in its mask", "a ballot of all lanes in its mask",
+                                      "__syncwarp"};
   Fiber* self = machine.current;
   Warp& warp = *self->warp;
   Meeting& meeting = warp.meeting;
@@ -227,12 +228,15 @@ void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* addre
   maybe_pause(8);
   long offset = static_cast<unsigned char*>(shared) - here().shared;
   if (offset % 16 || reinterpret_cast<uint64_t>(global) % 16 || bytes % 16 || bytes == 0)
-    fail("a bulk load of " + std::to_string(bytes) + " bytes to byte " + std::to_string(offset) + " of shared memory from an address with " +
-         std::to_string(reinterpret_cast<uint64_t>(global) % 16) + " bytes behind a multiple of 16");
-  if (offset < 0 || offset + long(bytes) > long(machine.shared_bytes)) fail("a bulk load outside " + shared_place(shared));
+    fail("a bulk load of " + std::to_string(bytes) + " bytes to byte " + std::to_string(offset) +
+         " of shared memory from an address with " + std::to_string(reinterpret_cast<uint64_t>(global) % 16) +
+         " bytes behind a multiple of 16");
+  if (offset < 0 || offset + long(bytes) > long(machine.shared_bytes))
+    fail("a bulk load outside " + shared_place(shared));
   Barrier& barrier = find(address);
   for (const Load& other : machine.loads)
-    if (other.shared < static_cast<unsigned char*>(shared) + bytes && shared < static_cast<unsigned char*>(other.shared) + other.bytes)
+    if (other.shared < static_cast<unsigned char*>(shared) + bytes &&
+        shared < static_cast<unsigned char*>(other.shared) + other.bytes)
       fail("a bulk load over one that is under way: " + shared_place(shared));
   memset(shared, 0xff, bytes);
   machine.loads.push_back({shared, global, bytes, address, ++machine.issued});

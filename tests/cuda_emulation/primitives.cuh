@@ -44,6 +44,7 @@ EMULATED_VECTOR4(ushort4, unsigned short, 8)
 extern "C" {
 unsigned char* emulated_dynamic_shared();
 void emulated_fail(const char* reason);
+uint64_t emulated_switches();
 void emulated_pause();  // another thread may run here
 uint64_t emulated_exchange(int kind, unsigned mask, uint64_t value, int source);
 void emulated_group_sync(int id, int threads, bool waits);
@@ -60,10 +61,9 @@ void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barri
 void grid_wait(const unsigned* counter, unsigned goal);
 }
 
-extern "C" uint64_t emulated_switches();
-static inline uint64_t now() { return 1000 * (1 + emulated_switches()); }  // no time passes but by switches
 static inline unsigned lane() { return threadIdx.x % 32; }
 static inline unsigned warp() { return threadIdx.x / 32; }
+static inline uint64_t now() { return emulated_switches(); }  // only grows
 static inline void group_sync(int id, int threads) { emulated_group_sync(id, threads, true); }
 static inline void group_arrive(int id, int threads) { emulated_group_sync(id, threads, false); }
 static inline unsigned grid_add(unsigned* counter) { return emulated_counter_add(counter, 1, true); }

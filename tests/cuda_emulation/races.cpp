@@ -1,6 +1,6 @@
-// Happens-before: every access of the kernel's memory is checked against the last write and the reads since, by vector
-// clocks, whatever order the seed chose. Bulk loads write as agents of their own, one an mbarrier. g++'s instrumentation
-// for its thread sanitizer calls the functions below; nothing of the sanitizer itself is used.
+// Happens-before: every access of the kernel's memory is checked against the last write and the reads since, by
+// vector clocks, whatever order the seed chose. Bulk loads write as agents of their own, one an mbarrier. g++'s
+// instrumentation for its thread sanitizer calls the functions below; nothing of the sanitizer itself is used.
 #include "runtime.h"
 
 #include <cstdio>
@@ -13,7 +13,7 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulated {
 
-constexpr unsigned AGENTS = 64;  // mbarriers of a CTA
+constexpr unsigned AGENTS = 128;  // mbarriers of a CTA
 constexpr uintptr_t CELL = 2, SHADOWED = 4096;
 
 struct Access {
@@ -67,10 +67,12 @@ static std::string described(const char* what, const Access& access) {
   dladdr(access.code, &library);
   size_t code = size_t(access.code) - size_t(library.dli_fbase);
   if (access.who >= threads) {
-    snprintf(text, sizeof text, "%s by a bulk load of CTA %u, issued at <+%#zx>", what, (access.who - threads) / AGENTS, code);
+    snprintf(text, sizeof text, "%s by a bulk load of CTA %u, issued at <+%#zx>", what,
+             (access.who - threads) / AGENTS, code);
   } else {
     unsigned thread = access.who % machine.block;
-    snprintf(text, sizeof text, "%s by CTA %u, warp %u, lane %u at <+%#zx>", what, access.who / machine.block, thread / 32, thread % 32, code);
+    snprintf(text, sizeof text, "%s by CTA %u, warp %u, lane %u at <+%#zx>", what, access.who / machine.block,
+             thread / 32, thread % 32, code);
   }
   return text;
 }
@@ -85,10 +87,14 @@ static Cell& cell_of(uintptr_t address) {
   return last_cells[address % SHADOWED / CELL];
 }
 
-static bool ordered(const Access& access, const Clock& clock) { return access.when == 0 || clock[access.who] >= access.when; }
+static bool ordered(const Access& access, const Clock& clock) {
+  return access.when == 0 || clock[access.who] >= access.when;
+}
 
-[[noreturn]] static void race(const char* how, const Access& before, const char* now, const Access& access, uintptr_t address) {
-  fail("race at " + shared_place(reinterpret_cast<void*>(address)) + ":\n  " + described(how, before) + "\n  " + described(now, access));
+[[noreturn]] static void race(const char* how, const Access& before, const char* now, const Access& access,
+                              uintptr_t address) {
+  fail("race at " + shared_place(reinterpret_cast<void*>(address)) + ":\n  " + described(how, before) + "\n  " +
+       described(now, access));
 }
 
 static void read(uintptr_t address, Cell& cell, const Access& access, const Clock& clock, bool around) {
@@ -119,7 +125,7 @@ static void write(uintptr_t address, Cell& cell, const Access& access, const Clo
 static void accessed(const void* at, size_t bytes, bool writes, bool around, const void* code) {
   auto address = uintptr_t(at);
   if (!machine.races || !machine.current || (address >= ignored_from && address < ignored_to)) return;
-  for (const void* own : {static_cast<void*>(&threadIdx), static_cast<void*>(&blockIdx), static_cast<void*>(&blockDim), static_cast<void*>(&gridDim)})
+  for (const dim3* own : {&threadIdx, &blockIdx, &blockDim, &gridDim})
     if (address - uintptr_t(own) < 12) return;
   uint32_t who = self();
   const Clock& clock = clocks[who];
@@ -135,8 +141,12 @@ void issue_load(const Load& load, unsigned agent, const void* code) {
   Clock seen = clocks[self()];
   Access access = {who, uint32_t(load.number), code};
   seen[who] = access.when;  // loads of one phase of an mbarrier do not overlap: bulk_load has seen to it
-  for (uintptr_t at = uintptr_t(load.shared); at < uintptr_t(load.shared) + load.bytes; at += CELL) write(at, cell_of(at), access, seen, true);
-  for (uintptr_t at = uintptr_t(load.global); at < uintptr_t(load.global) + load.bytes; at += CELL) read(at, cell_of(at), {self(), clocks[self()][self()], code}, seen, true);
+  Access reading = {self(), clocks[self()][self()], code};
+  for (uintptr_t i = 0; i < load.bytes; i += CELL) {
+    uintptr_t to = uintptr_t(load.shared) + i, from = uintptr_t(load.global) + i;
+    write(to, cell_of(to), access, seen, true);
+    read(from, cell_of(from), reading, seen, true);
+  }
 }
 
 void release_load(Clock& clock, unsigned cta, unsigned agent, uint64_t number) {

@@ -77,7 +77,7 @@ struct Waiter {
 };
 
 struct Machine {
-  unsigned grid = 0, block = 0, shared_bytes = 0, live = 0, budget = 0;
+  unsigned grid = 0, block = 0, shared_bytes = 0, live = 0, budget = 0, seed = 0;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<Cta> ctas;

@@ -1,5 +1,6 @@
 // Fibers, and who runs next.
 #include "runtime.h"
+#include "fibers.h"
 
 #include <csetjmp>
 #include <csignal>
@@ -7,9 +8,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <sys/mman.h>
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -19,61 +17,10 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulated {
 
 Machine machine;
-constexpr size_t STACK = 128 << 10, PAGE = 4096;
+constexpr size_t PAGE = 4096;
 static unsigned char* stacks = nullptr;
 static sigjmp_buf escape;
 static void* main_stack = nullptr;
-static void run_fiber();
-
-#if defined(__x86_64__)
-// swapcontext would call the kernel for the signal mask at each switch.
-asm(R"(
-.text
-.type emulated_switch, @function
-emulated_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size emulated_switch, .-emulated_switch
-)");
-extern "C" void emulated_switch(void** save, void* load);
-static void start(Fiber& fiber, unsigned char* stack) {
-  void** top = reinterpret_cast<void**>(stack + STACK - 64);
-  *--top = nullptr;  // where run_fiber would return to; keeps the stack aligned as after a call
-  *--top = reinterpret_cast<void*>(&run_fiber);
-  for (int i = 0; i < 6; i++) *--top = nullptr;
-  fiber.stack_pointer = top;
-}
-static void change(void** save, void* load) { emulated_switch(save, load); }
-static void discard(Fiber&) {}
-#else
-static void start(Fiber& fiber, unsigned char* stack) {
-  auto* context = new ucontext_t;
-  getcontext(context);
-  context->uc_stack.ss_sp = stack;
-  context->uc_stack.ss_size = STACK;
-  context->uc_link = nullptr;
-  makecontext(context, run_fiber, 0);
-  fiber.stack_pointer = context;
-}
-static void change(void** save, void* load) {
-  if (!*save) *save = new ucontext_t;
-  swapcontext(static_cast<ucontext_t*>(*save), static_cast<ucontext_t*>(load));
-}
-static void discard(Fiber& fiber) { delete static_cast<ucontext_t*>(fiber.stack_pointer); }
-#endif
 
 uint32_t draw() {
   uint64_t mixed = machine.random += 0x9e3779b97f4a7c15u;
@@ -117,15 +64,26 @@ static std::string deadlock() {
     size_t listed = 0;
     for (size_t i = 0; i < threads.size(); listed++) {
       size_t end = i + 1;
-      while (end < threads.size() && threads[end].first == threads[i].first && threads[end].second == threads[end - 1].second + 1) end++;
+      auto follows = [&](size_t at) {
+        return threads[at].first == threads[i].first && threads[at].second == threads[at - 1].second + 1;
+      };
+      while (end < threads.size() && follows(end)) end++;
       char text[96];
       snprintf(text, sizeof text, " %u:%u-%u", threads[i].first, threads[i].second, threads[end - 1].second);
       if (listed < 24) who += text;
       i = end;
     }
-    report += "\n  " + std::to_string(threads.size()) + " threads wait for " + place + "; CTA:threads" + who + (listed > 24 ? " ..." : "");
+    report += "\n  " + std::to_string(threads.size()) + " threads wait for " + place + "; CTA:threads" + who;
+    if (listed > 24) report += " ...";
   }
   return report;
+}
+
+// Of half of the seeds one CTA, of half of them one warp of each CTA is behind the others.
+static bool slow(const Warp& warp) {
+  unsigned warps = (machine.block + 31) / 32;
+  return (machine.seed & 4 && warp.cta == machine.seed / 16 % machine.grid) ||
+         (machine.seed & 8 && warp.index == machine.seed / 16 % warps);
 }
 
 static Warp* choose() {
@@ -143,6 +101,7 @@ static Warp* choose() {
       return nullptr;
     }
     size_t i = draw() % machine.ready.size();
+    for (int again = 0; again < 8 && slow(*machine.ready[i]); again++) i = draw() % machine.ready.size();
     Warp* warp = machine.ready[i];
     if (warp->runnable) return warp;
     warp->queued = false;
@@ -207,7 +166,8 @@ static void run_fiber() {
 static void on_fault(int, siginfo_t* info, void*) {
   auto* at = static_cast<unsigned char*>(info->si_addr);
   bool stack = at >= stacks && at < stacks + STACK * machine.fibers.size();
-  std::string text = stack ? "more than 124 KiB of stack" : "access of memory that is not the kernel's: " + shared_place(at);
+  std::string text = "access of memory that is not the kernel's: " + shared_place(at);
+  if (stack) text = "more than 124 KiB of stack";
   machine.failure = machine.current ? name(*machine.current) + ": " + text : text;
   siglongjmp(escape, 1);
 }
@@ -215,8 +175,9 @@ static void on_fault(int, siginfo_t* info, void*) {
 // `bytes` whose end, and start if it is a multiple of 128, is followed (preceded) by a page that nobody may touch.
 static unsigned char* guarded(size_t bytes, size_t alignment) {
   size_t used = (bytes + alignment - 1) / alignment * alignment, pages = (used + PAGE - 1) / PAGE * PAGE;
-  auto* base = static_cast<unsigned char*>(mmap(nullptr, pages + 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (base == MAP_FAILED) {
+  void* mapped = mmap(nullptr, pages + 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  auto* base = static_cast<unsigned char*>(mapped);
+  if (mapped == MAP_FAILED) {
     perror("emulator: no memory");
     abort();
   }
@@ -235,7 +196,7 @@ static void prepare(unsigned grid, unsigned block, unsigned shared_bytes, unsign
   machine.live = grid * block, machine.budget = 0, machine.switches = 0, machine.current = nullptr;
   machine.ready.clear(), machine.loads.clear(), machine.waiters.clear(), machine.failure.clear();
   machine.counters.clear(), machine.issued = 0;
-  machine.random = seed;
+  machine.random = machine.seed = seed;
   static const unsigned lateness[] = {2, 0, 32, 8};  // 0: only once nothing else can run
   machine.late = lateness[seed % 4];
   machine.fibers.assign(grid * block, {});
@@ -264,10 +225,11 @@ static void prepare(unsigned grid, unsigned block, unsigned shared_bytes, unsign
 using namespace emulated;
 
 // 0, or 1 with what went wrong in `message`.
-extern "C" int emulated_run(unsigned grid, unsigned block, unsigned shared_bytes, unsigned seed, int races, uint64_t limit,
-                            void (*kernel)(void**), void** arguments, char* message, size_t room) {
+extern "C" int emulated_run(unsigned grid, unsigned block, unsigned shared_bytes, unsigned seed, int races,
+                            uint64_t limit, void (*kernel)(void**), void** arguments, char* message, size_t room) {
   size_t bytes = STACK * grid * block, signal_bytes = 64 << 10;
-  void* mapped = mmap(nullptr, bytes + signal_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* mapped = mmap(nullptr, bytes + signal_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
   if (mapped == MAP_FAILED) {
     snprintf(message, room, "no memory for the stacks of %u threads", grid * block);
     return 1;
@@ -289,10 +251,12 @@ extern "C" int emulated_run(unsigned grid, unsigned block, unsigned shared_bytes
     go();
     machine.current = nullptr;
     if (machine.live) machine.failure = deadlock();
-    else if (!machine.loads.empty()) machine.failure = "the grid ends with " + std::to_string(machine.loads.size()) + " bulk loads under way";
+    else if (!machine.loads.empty())
+      machine.failure = "the grid ends with " + std::to_string(machine.loads.size()) + " bulk loads under way";
     for (Cta& cta : machine.ctas)
       for (unsigned i = shared_bytes; i % 128; i++)
-        if (cta.shared[i] != 0xff && machine.failure.empty()) machine.failure = "written behind the end: " + shared_place(cta.shared + i);
+        if (cta.shared[i] != 0xff && machine.failure.empty())
+          machine.failure = "written behind the end: " + shared_place(cta.shared + i);
   }
   machine.current = nullptr;
   sigaction(SIGSEGV, &segv_before, nullptr);

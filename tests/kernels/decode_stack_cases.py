@@ -46,6 +46,7 @@ class Case(NamedTuple):
     splits: int = 2
     slots: int = 3
     prefetch: int = 0
+    out_first: bool = False
     round_rows: int = 64
 
 
@@ -123,7 +124,7 @@ def emulated(s: Stack, case: Case, seed: int = 0, races: bool = False, workspace
     fitting = plan(launching.sizes_of(s), device, case.matrix_warps, case.max_chunk, case.splits, case.round_rows,
                    case.slots)  # fmt: skip
     assert not isinstance(fitting, str), fitting
-    macros = launching.constants(s, fitting) | {"PREFETCH": case.prefetch}
+    macros = launching.constants(s, fitting) | {"PREFETCH": case.prefetch, "OUT_FIRST": int(case.out_first)}
     kernel = EmulatedKernel(Path(SOURCES / "decode_stack.cu"), "decode_stack", macros, races=races)
     rows = s.x.shape[2] if s.head_weight is None else s.head_weight.shape[0]
     out = guarded(torch.full((1, 1, rows), float("nan"), dtype=s.x.dtype))

@@ -36,6 +36,7 @@ class Case(NamedTuple):
     interleaved: bool = False
     counted: bool = True
     mask: str = "causal"
+    normed: bool = False
 
 
 CASES = {
@@ -55,6 +56,9 @@ CASES = {
     "per_head": Case(mask="per_head", group=2, live=40),
     "every_other": Case(mask="every_other", live=60, size=90),
     "nothing_kept": Case(mask="none", live=60, size=90),
+    "normed": Case(torch.float16, batch=2, dim=80, rotary=20, live=66, normed=True),
+    "normed_grouped_three_tokens": Case(queries=3, group=2, dim=24, rotary=24, interleaved=True, normed=True),
+    "normed_no_rope": Case(rotary=0, normed=True),
 }
 
 
@@ -86,6 +90,7 @@ def arguments(case: Case) -> list[Any]:
         *qkv.split([heads, case.kv_heads, case.kv_heads], 2), *((cos, sin) if case.rotary else (None, None)), *caches,
         length if case.counted else None, None if case.counted else positions, mask_of(case).to(DEVICE), case.rotary,
         case.interleaved, lanes if case.rotary else [], lanes if case.rotary else [], 0.3,
+        *((False, *torch.randn(2, case.dim).to(DEVICE, case.dtype), 1e-5, 0.5) if case.normed else ()),
     ]  # fmt: skip
 
 

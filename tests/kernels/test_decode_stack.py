@@ -34,11 +34,12 @@ CASES = {
     "neox": Case(),
     "rows_in_the_last_slice_only": Case(
         width=264, heads=5, kv_heads=5, head_dim=24, inner=600, matrix_warps=3, max_chunk=1100, multiprocessors=6,
-        mask="hole", prefetch=2,
+        mask="hole", prefetch=2, out_first=True,
     ),
     "one_key_bfloat16": Case(mask="one", dtype=torch.bfloat16, splits=1, rotary=0, vocabulary=0),
     "keys_behind_the_token": Case(mask="beyond", counted=False, interleaved=True, rotary=16, biased=False,
                                   table_dtype=torch.float32),
+    "parallel_and_gated": Case(**LLAMA | {"parallel": True}, out_first=True),
     "llama": Case(**LLAMA, layers=3),
     "llama_long_rows_bfloat16": Case(**LLAMA | {
         "width": 520, "inner": 1304, "matrix_warps": 4, "max_chunk": 1536, "multiprocessors": 4, "heads": 6,
@@ -172,6 +173,28 @@ def test_the_op_counts_the_lengths_and_the_versions_of_what_it_writes() -> None:
         op(*s)
     assert [int(n) for n in s.lengths] == [21, 21]
     assert all(t._version > v for t, v in zip((*s.key_caches, *s.lengths), versions, strict=True))
+
+
+def test_calls_that_are_alike_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr(module, "check", lambda s: checked.append(s) or check(s))
+    calls = importlib.import_module("torch_fuse.kernels._decode_stack_calls")
+    monkeypatch.setattr(calls, "_known", {})
+    s = known(stack(Case(layers=1)))
+    with torch.no_grad():
+        op(*copied(s))
+        op(*copied(s))
+        assert len(checked) == 1
+        shared = s.norm_weights[0]
+        for other in (
+            s._replace(x=torch.zeros(1, 1, 128).half()[:, :, ::2]), s._replace(eps=1e-3),
+            s._replace(norm_weights=[shared, shared]), s._replace(up_biases=[None]),
+            s._replace(head_bias=s.x[0, 0, :50]),
+        ):  # fmt: skip
+            op(*other)
+        assert len(checked) == 6
+        with pytest.raises(ValueError, match="down_weights"):
+            op(*s._replace(down_weights=[s.down_weights[0][:, :8]]))
 
 
 def test_the_op_compiles_without_a_copy_of_the_caches() -> None:

@@ -107,19 +107,20 @@ FORMATS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("natural", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f.kind}{f.bits}_{f.offset}")
-def test_every_code_is_exact(form: Format, dtype: str) -> None:
+def test_every_code_is_exact(form: Format, dtype: str, natural: bool) -> None:
     typed = {"int": torch.int8, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}.get(
         form.kind, torch.uint8
     )
     codes = ALL if form.bits == 4 else ALL.view(typed)
     results = 16 // form.bits
-    program, operands = convert(form, dtype)
+    program, operands = convert(form, dtype, natural=natural)
     assert operands == ",".join(["=r"] * results + ["r"])
     found = run(program, [words(codes)], results)
     exact = (unpacked(codes[None], form).to(torch.float64) - form.offset).to(DTYPES[dtype])
-    columns = exact.view(-1, 4, 8 // form.bits)[:, list(order(form))]
+    columns = exact.view(-1, 4, 8 // form.bits)[:, list(order(form, natural))]
     for part in range(8 // form.bits):
         got = elements(found[2 * part : 2 * part + 2], DTYPES[dtype])
         torch.testing.assert_close(got, columns[..., part], rtol=0, atol=0, equal_nan=True)

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from in_interpreter import passes_in_interpreter
+from strided_weights import STRIDED, strided
 from torch import Tensor
 
 from torch_fuse.kernels import _dequant_decode as decoding
 from torch_fuse.kernels import _dequant_rows as few
 from torch_fuse.kernels import _ops, dequant_linear
 from torch_fuse.kernels._dequant_rows_kernel import MISSING
+from torch_fuse.kernels._gemv_common import activated
 from torch_fuse.kernels.packed_weight import COMPUTE, Format, check_parts, decode, weight_shape
 
 DEVICE = "cuda" if torch.cuda.is_available() and not _ops.INTERPRETED else "cpu"
@@ -102,6 +104,40 @@ def test_decoding_of_sizes_that_fill_no_vector(name: str) -> None:
         torch.testing.assert_close(found, wanted.to(dtype), rtol=2**-7 if _ops.INTERPRETED else 0, atol=0)
 
 
+# (N, K): eight rows a band and none, a last group or program that is not full
+SIZES = [(16, 512), (6, 768)]
+
+
+@pytest.mark.skipif(not RUNS, reason="needs a GPU or the interpreter")
+@pytest.mark.parametrize("name", STRIDED)
+def test_decoding_reads_codes_and_scales_where_a_library_has_them(name: str) -> None:
+    for n, k in SIZES:
+        form, (codes, scale, zero, lut) = strided(name, n, k, DEVICE)
+        scale[n // 2, -1] = torch.nan
+        assert not codes.is_contiguous() or form.nibbles.startswith("rows")
+        assert decoding.supports(torch.empty(1, k).half().to(DEVICE), codes, scale, zero, lut, form) is None
+        found = decoding.decode_on_device(codes, scale, zero, lut, form, torch.float16)
+        wanted = decode(codes, scale, zero, lut, form, torch.float16)
+        assert torch.equal(found.isnan(), wanted.isnan()) and wanted.isnan().any()
+        assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
+        for rows in (0, 3):
+            x = torch.randn(rows, k, device=DEVICE).half()
+            out = dequant_linear.dequant_linear(x, codes, scale, zero, lut, None, *form)
+            assert out.shape == (rows, n)
+            if _ops.INTERPRETED:
+                assert torch.equal(out.nan_to_num(), torch.nn.functional.linear(x, wanted).nan_to_num())
+
+
+@pytest.mark.skipif(not RUNS, reason="needs a GPU or the interpreter")
+def test_decoding_follows_a_last_group_that_is_not_full() -> None:
+    form, (codes, *_) = strided("columns", 24, 100, DEVICE)
+    form = form._replace(group=32)
+    scale = torch.rand(4, 24, device=DEVICE).half().t()
+    found = decoding.decode_on_device(codes, scale, None, None, form, torch.float16)
+    assert torch.equal(found, decode(codes, scale, None, None, form, torch.float16))
+    assert found.stride() == codes.stride(), "what is read along the columns is written along them"
+
+
 @pytest.mark.skipif(not RUNS, reason="needs a GPU or the interpreter")
 @pytest.mark.parametrize("zero", [torch.int8, torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("rows", [1, 6, 40])
@@ -133,14 +169,16 @@ def test_tiles_have_one_scale() -> None:
     assert tile(Format(8, "uint", 1, 32), 2560) == 32
     assert tile(Format(4, "uint", 1, 128), 2560) == 64
     assert tile(Format(4, "uint", 1, 64), 2560) == 32
-    assert tile(Format(4, "uint", 1, 32), 2560) is None
+    assert tile(Format(4, "uint", 1, 32), 2560) == 16
+    assert tile(Format(4, "uint", 1, 16), 2560) is None
+    assert tile(Format(4, "uint", 1, 65), 2560) is None
     assert tile(Format(4, "uint", 1, 128, nibbles="half"), 2560, 64) == 64
     assert tile(Format(4, "uint", 1, 32, nibbles="half"), 2560, 32) == 32
-    assert tile(Format(4, "uint", 1, 2560, nibbles="rows"), 2560) is None
     assert tile(Format(8, "uint", 1, 100), 100) is None
 
 
-def compiled(form: Format, found: Parts, rows: int, dtype: torch.dtype, chosen: few.Config) -> dict[str, str]:
+def compiled(form: Format, found: Parts, rows: int, dtype: torch.dtype, chosen: few.Config,
+             activation: str = "none", early: bool = False) -> dict[str, str]:  # fmt: skip
     """The kernel for sm_90, without a GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -149,9 +187,11 @@ def compiled(form: Format, found: Parts, rows: int, dtype: torch.dtype, chosen: 
     _, k = weight_shape(codes, form)
     x = torch.empty(rows, k, dtype=dtype)
     assert few.no_layout(x, codes, scale, zero, lut, form) is None
-    known = few.constants(x, codes, zero, None, form, chosen) | ({"M": 1} if rows == 1 else {})
+    known = few.constants(x, codes, scale, zero, None, form, chosen, codes.storage_offset() % 16, activation, early) | (
+        {"M": 1} if rows == 1 else {}
+    )
     short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8"}
-    pairs = form.bits == 4 and known["RUN"] == 0
+    pairs = form.bits == 4 and few.run_of(codes, form) == 0
     kinds = {
         "x": "*i32" if pairs else f"*{short[dtype]}", "codes": f"*{short.get(codes.dtype, 'i8')}",
         "out": "*fp32" if chosen.parts > 1 else f"*{short[dtype]}", "M": "i32", "N": "i32",
@@ -178,29 +218,54 @@ COMPILED = {
 
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED or bool(MISSING), reason="compiles Gluon")
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", [*COMPILED, "q8_0", "q4_0", "q4_k", "gptq_zeros", "hqq_halves"])
 def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str) -> None:
-    form, zero, run, rows, chosen = COMPILED[name]
-    dtype = torch.bfloat16 if rows == 1 else torch.float16
-    found = parts(form, 16, 1536 if form.group == 128 else 512, zero, run=run)
-    if DEVICE == "cuda":
+    width = 4  # words of x that a lane has side by side, as a rule
+    if name in STRIDED:
+        form, found = strided(name, 32, 2048)
+        rows, chosen, dtype, width = 8, few.Config(), torch.float16, {"q8_0": 2, "q4_k": 2, "q4_0": 1}.get(name, 4)
+    else:
+        form, zero, run, rows, chosen = COMPILED[name]
+        dtype = torch.bfloat16 if rows == 1 else torch.float16
+        found = parts(form, 16, 1536 if form.group == 128 else 512, zero, run=run)
         found = tuple(None if part is None else part.cpu() for part in found)  # type: ignore[assignment]
     ptx = compiled(form, found, rows, dtype, chosen)["ptx"]
     assert "mma.sync.aligned.m16n8k16" in ptx
     loop, _ = ptx.rsplit("mma.sync", 1)
     assert "st.shared" not in loop and "bar.sync" not in loop, "a layout is converted in the loop"
-    assert "evict_first" in ptx and "ld.global.v4.b32" in ptx, "activations are read in pieces"
+    wide = "ld.global.b32" if width == 1 else f"ld.global.v{width}.b32"
+    assert "evict_first" in ptx and wide in ptx, "activations are read in pieces"
+    assert not any(".b8" in line for line in ptx.splitlines() if "evict_first" in line), "codes are read byte by byte"
+
+
+# Loads of a chunk's codes, by their width in bytes: GGUF's blocks are aligned to two.
+LOADS = {"int8_per_row": 1, "uint4_high_zero": 1, "q8_0": 4, "q4_0": 4, "q4_k": 1, "gptq": 1, "hqq_halves": 1}
+
+
+@pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED or bool(MISSING), reason="compiles Gluon")
+def test_an_early_launch_asks_for_codes_first_and_reads_activations_after_its_wait() -> None:
+    form = Format(4, "uint", 1, 128)
+    found = tuple(None if part is None else part.cpu() for part in parts(form, 16, 1536, torch.float16))
+    ptx = compiled(form, found, 1, torch.float16, few.Config(16, 4), "gelu", early=True)["ptx"]  # type: ignore[arg-type]
+    before, after = ptx.split("griddepcontrol.wait", 1)
+    assert "evict_first" in before and "mma.sync" not in before and "ld.global.v4.b32" not in before
+    assert "griddepcontrol.launch_dependents" in after.split("mma.sync", 1)[0] and "ld.global.v4.b32" in after
+    assert "st.global" not in before, "the launch before may still read what this one writes"
 
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="compiles Triton")
-@pytest.mark.parametrize("name", ["int8_per_row", "uint4_high_zero"])
+@pytest.mark.parametrize("name", LOADS)
 def test_decoding_reads_a_scale_once_for_what_it_stores_at_once(name: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    form, zero, _ = FORMATS[name]
-    codes = torch.empty(128, 256 * form.bits // 8, dtype=torch.int8 if form.kind == "int" else torch.uint8)
-    known = decoding.constants(codes, None if zero is None else torch.empty(1), form)
+    if name in STRIDED:
+        form, (codes, scale, zero, _) = strided(name, 64, 1024)
+    else:
+        form, kind, _ = FORMATS[name]
+        codes = torch.empty(128, 256 * form.bits // 8, dtype=torch.int8 if form.kind == "int" else torch.uint8)
+        scale, zero = torch.empty(128, 4), None if kind is None else torch.empty(128, 4)
+    known = decoding.constants(codes, scale, zero, form, codes.storage_offset() % 16)
     kinds = {"codes": "*i8" if form.kind == "int" else "*u8", "scale": "*fp16", "zero": "*fp16", "lut": "*fp16",
              "out": "*fp16", "count": "i32"}  # fmt: skip
     names = decoding._kernel.arg_names
@@ -212,10 +277,9 @@ def test_decoding_reads_a_scale_once_for_what_it_stores_at_once(name: str) -> No
     )
     options = {name: known[name] for name in ("num_warps", "enable_fp_fusion")}
     ptx = _ops.triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    stores = ptx.count("st.global.v4.b32")
-    assert stores == known["CHUNKS"] // known["num_warps"] // 32 and "st.shared" not in ptx
-    assert ptx.count("st.global") == stores
-    assert ptx.count("ld.global") == stores * (2 if zero is None else 3)
+    chunks, sides = known["CHUNKS"] // known["num_warps"] // 32, 2 if known["APART"] else 1
+    assert ptx.count("st.global.v4.b32") == ptx.count("st.global") == chunks * sides and "st.shared" not in ptx
+    assert ptx.count("ld.global") == chunks * (LOADS[name] + sides * (1 if zero is None else 2))
 
 
 @pytest.mark.gpu
@@ -239,3 +303,35 @@ def test_a_few_rows_times_codes(name: str, dtype: torch.dtype, rows: int) -> Non
     found_error, their_error = ((y.double() - exact).abs() for y in (few.rows_linear(x, *found, None, form), theirs))
     assert found_error.max() <= 2 * their_error.max() + 1e-3 * exact.abs().max() * torch.finfo(dtype).eps
     assert found_error.square().mean() <= 4 * their_error.square().mean()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize("chosen", [None, few.Config(16, 8, parts=2)])
+def test_a_few_rows_through_an_activation(activation: str, chosen: few.Config | None) -> None:
+    form = Format(8, "int", 1, 2048)
+    found = parts(form, 100, 2048)
+    scaled = (found[0], found[1] / 2000, None, None)
+    x, bias = torch.randn(3, 2048, device=DEVICE).half(), torch.randn(100, device=DEVICE).half()
+    exact = activated(x.double() @ decode(*scaled, form, torch.float64).t() + bias.double(), activation)
+    theirs = activated(torch.nn.functional.linear(x, decode(*scaled, form, torch.float16), bias), activation)
+    for early in (False, True):
+        ours = few.rows_linear(x, *scaled, bias, form, chosen, activation, early)
+        assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_launches_that_begin_early_wait_for_what_they_read() -> None:
+    form = Format(8, "int", 1, 1024)
+    weights = [(c, s / 4000, None, None) for c, s, _, _ in (parts(form, 1024, 1024) for _ in range(2))]
+    x = torch.randn(1, 1024, device=DEVICE).half()
+    results = []
+    for early in (False, True):
+        y = x
+        for i in range(200):
+            y = few.rows_linear(y, *weights[i % 2], None, form, None, "gelu", early and i > 0)
+            y = y / y.norm() if i % 20 == 19 else y
+        results.append(y)
+    assert torch.equal(*results)

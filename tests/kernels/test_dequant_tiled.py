@@ -150,8 +150,12 @@ def test_what_cannot_be_read_is_named() -> None:
         assert reason is not None and words in reason
 
 
-@pytest.mark.parametrize("rows, ways", [(8, "rows"), (33, "tiled"), (256, "tiled"), (257, "decode")])
-def test_rows_decide_which_kernel_runs(rows: int, ways: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "rows, tiles, ways",
+    [(16, True, "rows"), (17, True, "tiled"), (256, True, "tiled"), (257, True, "decode"),
+     (32, False, "rows"), (33, False, "decode")],
+)  # fmt: skip
+def test_rows_decide_which_kernel_runs(rows: int, tiles: bool, ways: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     form = Format(8, "uint", 1, 256)
     found = parts(form, 16, 256)
@@ -159,10 +163,10 @@ def test_rows_decide_which_kernel_runs(rows: int, ways: str, monkeypatch: pytest
     exact = (x.float() @ decode(*found, form, torch.float32).t()).half()
 
     def stand_in(name: str) -> object:
-        return lambda *given: seen.append(name) or exact
+        return lambda *given, **how: seen.append(name) or exact
 
     monkeypatch.setattr(dispatch.few, "supports", lambda *given: None)
-    monkeypatch.setattr(dispatch.tiled, "supports", lambda *given: None)
+    monkeypatch.setattr(dispatch.tiled, "supports", lambda *given: None if tiles else "not for these")
     monkeypatch.setattr(dispatch.few, "rows_linear", stand_in("rows"))
     monkeypatch.setattr(dispatch.tiled, "tiled_linear", stand_in("tiled"))
     monkeypatch.setattr(dispatch.written, "decode_on_device",

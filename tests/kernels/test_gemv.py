@@ -78,7 +78,8 @@ def compiled(kernel: Any, arguments: list[Any], constants: dict[str, Any]) -> An
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = {torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.bool: "*i1"}
+    kinds = {torch.float16: "*fp16", torch.float32: "*fp32", torch.bool: "*i1"}
+    kinds |= {torch.int64: "*i64", torch.int32: "*i32"}
     names, signature, attributes, known = kernel.arg_names, {}, {}, {}
     for i, (name, x) in enumerate(zip(names, arguments, strict=False)):
         signature[name] = kinds[x.dtype] if isinstance(x, Tensor) else "fp32" if isinstance(x, float) else "i32"

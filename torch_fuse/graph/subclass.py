@@ -105,7 +105,9 @@ def trace_linear(x: Node, weight: Node, mode: FakeTensorMode | None, cast: torch
 
     try:
         with no_guards(mode), torch.no_grad():
-            gm = trace_operators(linear, (activation.detach(), *(part.detach() for part in parts)))
+            # of other strides torch makes a product of batches, of which each has the same weight
+            rows = torch.empty_like(activation.detach(), memory_format=torch.contiguous_format)
+            gm = trace_operators(linear, (rows, *(part.detach() for part in parts)))
     except Exception as error:
         raise Miss(f"its tensor subclass cannot be traced: {error}", weight) from error
     _respell(gm)
