@@ -81,10 +81,10 @@ def measure(log: Log, name: str, calls: dict[str, Callable[..., Any]], dry: bool
             continue
         found = calls[label](*first)
         found = found if isinstance(found, tuple) else (found,)
-        errors = [error(a, b)["rms"] for a, b in zip(found, exact, strict=False)]
+        errors = [error(a, b)["rms"] / float(b.square().mean().sqrt()) for a, b in zip(found, exact, strict=False)]
         row[f"{label}_error"] = [float(f"{e:.3g}") for e in errors]
         bound = bound or errors
-        if any(not a <= 2 * b + 1e-6 for a, b in zip(errors, bound, strict=False)):  # NaN, too
+        if any(not a <= 2 * b + 1e-5 for a, b in zip(errors, bound, strict=False)):  # NaN, too
             row["wrong"] = [*row.get("wrong", []), label]
     turns: dict[str, Callable[[], Any]] = {
         label: lambda call=call: [call(*each) for each in sets] for label, call in calls.items()
