@@ -203,3 +203,27 @@ def test_every_layer_of_a_model_may_launch_early() -> None:
     references = (norm_linear_gemv.reference, linear_residual_gemv.reference)
     calls = [node for node in rewriter.graphs[0].graph.nodes if node.target in references]
     assert [call.args[-1] for call in calls] == [True] * 2 * LAYERS
+
+
+class Counted(nn.Module):
+    """A decoding step whose counter nothing but the positions reads."""
+
+    def forward(self, q: Tensor, k: Tensor, keys: Tensor, values: Tensor, length: Tensor, mask: Tensor) -> Tensor:
+        positions = torch.arange(1, device=q.device) + length
+        length.add_(1)
+        keys.index_copy_(2, positions, k)
+        values.index_copy_(2, positions, k)
+        return nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+
+@pytest.mark.parametrize(("device", "counted"), [("cpu", True), ("meta", False)])
+def test_a_counter_on_the_cpu_is_no_ops_to_read(device: str, counted: bool) -> None:
+    """Positions of a GPU may be counted from a number on the CPU, whose address means nothing there."""
+    rewriter = Rewriter()
+    new, cache = torch.randn(1, 2, 1, 8, device=device), torch.zeros(2, 1, 2, 16, 8, device=device)
+    mask = torch.ones(1, 1, 1, 16, dtype=torch.bool, device=device)
+    length = torch.tensor(3)
+    rewritten(Counted(), rewriter)(new, new, *cache.unbind(), length, mask)
+    (call,) = (n for n in rewriter.graphs[0].graph.nodes if str(n.target) == "torch_fuse.decode_attention.default")
+    assert (call.args[7] is not None, call.args[8] is None) == (counted, counted)
+    assert length == 4
