@@ -220,10 +220,10 @@ class Counted(nn.Module):
 def test_a_counter_on_the_cpu_is_no_ops_to_read(device: str, counted: bool) -> None:
     """Positions of a GPU may be counted from a number on the CPU, whose address means nothing there."""
     rewriter = Rewriter()
-    new, cache = torch.randn(1, 2, 1, 8, device=device), torch.zeros(2, 1, 2, 16, 8, device=device)
+    new, caches = torch.randn(1, 2, 1, 8, device=device), [torch.zeros(1, 2, 16, 8, device=device) for _ in range(2)]
     mask = torch.ones(1, 1, 1, 16, dtype=torch.bool, device=device)
     length = torch.tensor(3)
-    rewritten(Counted(), rewriter)(new, new, *cache.unbind(), length, mask)
+    rewritten(Counted(), rewriter)(new, new, *caches, length, mask)
     (call,) = (n for n in rewriter.graphs[0].graph.nodes if str(n.target) == "torch_fuse.decode_attention.default")
     assert (call.args[7] is not None, call.args[8] is None) == (counted, counted)
     assert length == 4
