@@ -227,3 +227,32 @@ def test_a_counter_on_the_cpu_is_no_ops_to_read(device: str, counted: bool) -> N
     (call,) = (n for n in rewriter.graphs[0].graph.nodes if str(n.target) == "torch_fuse.decode_attention.default")
     assert (call.args[7] is not None, call.args[8] is None) == (counted, counted)
     assert length == 4
+
+
+WRITES: dict[str, Any] = {
+    "embedding": lambda w, ids, x: nn.functional.embedding(ids, w, max_norm=0.1),
+    "embedding_bag": lambda w, ids, x: nn.functional.embedding_bag(ids[None], w, max_norm=0.1),
+    "batch_norm": lambda w, ids, x: nn.functional.batch_norm(x[:, 0], w[0], w[1], training=True),
+    "instance_norm": lambda w, ids, x: nn.functional.instance_norm(x.mT, w[0], w[1]),
+    "no max_norm": lambda w, ids, x: nn.functional.embedding(ids, w),
+    "not training": lambda w, ids, x: nn.functional.batch_norm(x[:, 0], w[0], w[1].abs()),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_functions_that_write_without_saying_so_are_seen(name: str) -> None:
+    """An embedding with `max_norm` scales the rows of a table that the lm_head may share; statistics are updated."""
+
+    def model(x: Tensor, norm: Tensor, first: Tensor, tied: Tensor) -> tuple[Tensor, ...]:
+        y = nn.functional.layer_norm(x, (16,), norm)
+        ids = nn.functional.linear(y, first).flatten()[:2].abs().long() % 8
+        return WRITES[name](tied, ids, x), nn.functional.linear(y, tied)
+
+    torch.manual_seed(0)
+    x, norm, first = torch.randn(2, 3, 16), torch.rand(16), torch.randn(8, 16)
+    rewriter = Rewriter()
+    given, same = torch.randn(8, 16), rewritten(model, rewriter)
+    found, wanted = same(x, norm, first, given.clone()), model(x, norm, first, given.clone())
+    torch.testing.assert_close(found, wanted)
+    fused = ("decode_norm_linear", "fused") in rewriter.statuses
+    assert fused == name.startswith("no"), rewriter.report
