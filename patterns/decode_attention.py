@@ -31,7 +31,7 @@ from torch_fuse.kernels import decode_attention
 from torch_fuse.options import Options
 from torch_fuse.patterns._once import once
 from torch_fuse.patterns._rope_tables import emit_tables
-from torch_fuse.patterns.decode_norm_linear import unmeasured
+from torch_fuse.patterns.decode_norm_linear import of_subclass, unmeasured
 from torch_fuse.patterns.norm_qkv_rope_attention import check_same_rope, emit_heads, emit_weight
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
@@ -89,6 +89,8 @@ class DecodeAttention(Pattern):
         return Match(anchor, bindings, (anchor,), frozenset(region), inputs, note)
 
     def check(self, match: Match, options: Options) -> str | None:
+        if reason := of_subclass(match.inputs):
+            return reason
         if options.kernels == "reference":
             return None
         attention, keys = match.bindings["attention"], match.bindings["keys"]
