@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,11 @@ def no_kernel(x: Tensor, weights: list[Tensor]) -> str | None:
 def rows_of(x: Tensor) -> Tensor:
     """x [..., K] as contiguous rows [M, K]."""
     return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def dense(vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Vectors as the kernels read them: a bias may be a column of a table, or one number for all."""
+    return [None if vector is None else vector.contiguous() for vector in vectors]
 
 
 def span(width: int, parts: int) -> int:

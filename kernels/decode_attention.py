@@ -130,6 +130,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | No
     need(value_cache.shape == key_cache.shape, "value_cache.shape", tuple(value_cache.shape), "key_cache's")
     need((length is None) != (positions is None), "length", "given" if length is not None else None,
          "given, or else positions")  # fmt: skip
+    for name, given in (("length", length), ("positions", positions), ("mask", mask)):
+        need(
+            given is None or given.device == q.device,
+            f"{name}.device",
+            None if given is None else given.device,
+            f"q's {q.device}",
+        )
     if length is not None:
         need(length.dim() == 0 and length.dtype == torch.int64, "length", length.dtype, "int64 without dimensions")
     if positions is not None:

@@ -97,6 +97,7 @@ def _forward(
     form = Format(bits, kind, rows, group, offset, nibbles, arithmetic, compute)
     _check(x, codes, scale, zero, lut, bias, form, activation)
     if _no_kernel(x, codes, scale, zero, lut, form) is None:
+        bias = None if bias is None else bias.contiguous()
         return _dequant_dispatch.run(x, codes, scale, zero, lut, bias, form, activation, early).contiguous()
     return reference(x, codes, scale, zero, lut, bias, *form, activation).contiguous()
 

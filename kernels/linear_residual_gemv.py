@@ -6,7 +6,7 @@ Each program streams whole rows of both weights, so nothing is added up across p
 with fused multiply-adds, of a weight's row that is asked for at once; more rows of a half type on tensor cores.
 
 - residual [..., N]; x1 [..., K1], x2 [..., K2] or None: 1 to 8 rows; bf16, fp16, fp32.
-- w1 [N, K1], w2 [N, K2], contiguous, K a multiple of 16; b1, b2 [N] or None.
+- w1 [N, K1], w2 [N, K2], contiguous, K a multiple of 16; b1, b2 [N] or None, copied unless contiguous.
 - early: the launch may begin before the one before it has ended (programmatic dependent launch). The weights and biases
   must then be written by nothing on the stream since two launches before.
 - Returns residual's shape and dtype: fp32 arithmetic, rounded once. No gradient.
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._calls import Call, Calls
-from ._gemv_common import launch_options, no_kernel, read_ahead, span, starts_early, wait_for_inputs
+from ._gemv_common import dense, launch_options, no_kernel, read_ahead, span, starts_early, wait_for_inputs
 from ._gemv_rows import add_product
 from ._ops import INTERPRETED, define_opaque_op, tl, triton
 from ._qk_common import acc_dtype, require
@@ -188,6 +188,7 @@ def _first(call: Call, residual: Tensor, x1: Tensor, w1: Tensor, b1: Tensor | No
     if supports(residual, x1, w1, x2, w2) is not None:
         return reference(residual, x1, w1, b1, x2, w2, b2)
     base, first = residual.contiguous(), x1.contiguous()
+    b1, b2 = dense((b1, b2))
     second = first if x2 is None else x2.contiguous()
     width = int(residual.shape[-1])
     count = residual.numel() // width

@@ -10,7 +10,7 @@ the weights past it; for more rows of a half type one launch writes the normalis
 tensor cores.
 
 - x [..., K], 1 to 8 rows; bf16, fp16, fp32. Weights [N_j, K], contiguous, K a multiple of 16 and at most 8192.
-- biases [N_j] or None, norm_weights and norm_biases [K] or None: one for each weight.
+- biases [N_j] or None, norm_weights and norm_biases [K] or None: one for each weight; copied unless contiguous.
 - norm: "layer", "rms", "none". activations: names joined by commas, of "none", "gelu", "gelu_tanh", "silu".
 - gated: two weights of one shape give one result; the norm's weight and bias and the activation are the first's.
 - early: the launch may begin before the one before it has ended (programmatic dependent launch). The weights, biases,
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._calls import Call, Calls
-from ._gemv_common import ACTIVATIONS, activated, launch_options, no_kernel, span, starts_early
+from ._gemv_common import ACTIVATIONS, activated, dense, launch_options, no_kernel, span, starts_early
 from ._gemv_rows import normalise
 from ._norm_linear_kernels import row_kernel, rows_kernel
 from ._ops import INTERPRETED, define_opaque_op, triton
@@ -167,6 +167,7 @@ def _first(call: Call, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Te
     uneven = any((v is None) != (w[0] is None) for w in (norm_weights, norm_biases) for v in w)
     if uneven or supports(x, weights) is not None:
         return reference(x, weights, biases, norm_weights, norm_biases, norm, eps, weight_offset, activations, gated)
+    biases, norm_weights, norm_biases = (dense(vectors) for vectors in (biases, norm_weights, norm_biases))
     outputs = [call.empty((*x.shape[:-1], w.shape[0]), x.dtype) for w in (weights[:1] if gated else weights)]
     given = (weights, biases, norm_weights, norm_biases, norm, eps, weight_offset, activations.split(","))
     if x.numel() == x.shape[-1] or x.dtype == torch.float32:

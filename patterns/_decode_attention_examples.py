@@ -33,7 +33,11 @@ class _Step(nn.Module):
             mask = mask & (span > seen[:, None] - 3)
         if self.mask == "additive":
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, float("-inf"))
-        if self.mask != "two_dims":
+        if self.mask == "padding":
+            mask = (span <= length)[None, None, None].expand(x.shape[0], 1, 1, _S)
+        elif self.mask == "one_for_all_keys":
+            mask = mask[:, :1].expand(x.shape[0], 1, count, 1)
+        elif self.mask != "two_dims":
             mask = mask[None, None].expand(x.shape[0], 1, count, _S)
         positions = torch.arange(count, device=x.device) + length
         if self.order == "read_before":
@@ -88,11 +92,13 @@ SPELLINGS: dict[str, dict[str, Any]] = {
     "positions_reversed": {"order": "reversed", "queries": 3},
     "window": {"mask": "window", "queries": 2},
     "mask_of_two_dims": {"mask": "two_dims"},
+    "queries_share_a_mask": {"mask": "padding", "queries": 3},
     "count_is_read_in_between": {"order": "counted_late_read"},
 }
 NEAR_MISSES: dict[str, dict[str, Any]] = {
     "no_mask": {"mask": "none"},
     "additive_mask": {"mask": "additive"},
+    "mask_of_one_for_all_keys": {"mask": "one_for_all_keys"},
     "too_many_tokens": {"queries": 9, "order": "positions"},
     "cache_read_before": {"order": "read_before"},
     "cache_read_in_between": {"order": "read_between"},

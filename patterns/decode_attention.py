@@ -31,7 +31,7 @@ from torch_fuse.kernels import decode_attention
 from torch_fuse.options import Options
 from torch_fuse.patterns._once import once
 from torch_fuse.patterns._rope_tables import emit_tables
-from torch_fuse.patterns.decode_norm_linear import unmeasured
+from torch_fuse.patterns.decode_norm_linear import of_subclass, unmeasured
 from torch_fuse.patterns.norm_qkv_rope_attention import check_same_rope, emit_heads, emit_weight
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
@@ -89,6 +89,8 @@ class DecodeAttention(Pattern):
         return Match(anchor, bindings, (anchor,), frozenset(region), inputs, note)
 
     def check(self, match: Match, options: Options) -> str | None:
+        if reason := of_subclass(match.inputs):
+            return reason
         if options.kernels == "reference":
             return None
         attention, keys = match.bindings["attention"], match.bindings["keys"]
@@ -119,7 +121,7 @@ class DecodeAttention(Pattern):
             found["values"].cache,
             None if counter is None else counter.length,
             found["keys"].positions if counter is None else None,
-            emit_mask(attention.mask, builder),
+            emit_mask(attention, builder),
             0 if rope is None else rope.rotary_dim,
             False if rope is None else rope.interleaved,
             [] if tables is None else tables.cos_lanes,
@@ -186,6 +188,8 @@ def _check_attention(attention: Attention, keys: Append, values: Append, view: G
         raise Miss("the attention has a mask and is_causal, or dropout", node)
     if mask.dtype != torch.bool:
         raise Miss(f"the mask is {mask.dtype}, not boolean", node)
+    if unequal(mask.shape[-1], key.shape[2]):
+        raise Miss("the mask has one value for all keys", node)
     if not (attention.scale is None or isinstance(attention.scale, (int, float))):
         raise Miss("the scale is no constant", node)
     if static_int(query.shape[1]) is None or static_int(query.shape[3]) is None or static_int(key.shape[1]) is None:
@@ -246,10 +250,13 @@ def with_lanes(node: Node, builder: Builder) -> Node:
     return node if equal(tensor(node).stride(3), 1) else builder.call("contiguous", node)  # type: ignore[union-attr]
 
 
-def emit_mask(mask: Node, builder: Builder) -> Node:
-    found = tensor(mask)
-    assert found is not None
-    node = mask
-    for _ in range(4 - found.dim()):
+def emit_mask(attention: Attention, builder: Builder) -> Node:
+    """The mask [B or 1, H or 1, Q, S]; all queries may share a row of it."""
+    node, query = attention.mask, tensor(attention.query)
+    assert query is not None
+    for _ in range(4 - tensor(node).dim()):  # type: ignore[union-attr]
         node = builder.shared("unsqueeze", node, 0)
-    return once(node, builder)
+    node = once(node, builder)
+    if equal(tensor(node).shape[2], query.shape[2]):  # type: ignore[union-attr]
+        return node
+    return builder.shared("expand", node, -1, -1, static_int(query.shape[2]), -1)

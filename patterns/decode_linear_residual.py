@@ -31,6 +31,7 @@ from torch_fuse.patterns.decode_norm_linear import (
     check_bias,
     check_stored,
     few_rows,
+    of_subclass,
     too_many_rows,
     unmeasured,
 )
@@ -82,6 +83,8 @@ class DecodeLinearResidual(Pattern):
         return Match(anchor, bindings, (anchor,), frozenset(region), inputs, note)
 
     def check(self, match: Match, options: Options) -> str | None:
+        if reason := of_subclass(match.inputs):
+            return reason
         if options.kernels == "reference":
             return None
         reason = None if options.unmeasured else unmeasured(match.bindings["residual"])

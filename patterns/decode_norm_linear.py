@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from torch_fuse._compat import is_traceable_wrapper_subclass
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.effects import Order
 from torch_fuse.graph.linear import Linear, match_linear
@@ -91,6 +92,8 @@ class DecodeNormLinear(Pattern):
         for other in {output.norm.node for output in outputs}:
             if any(user not in match.region and user not in inside for user in other.users):
                 return "the normalised value is read elsewhere too"
+        if reason := of_subclass(match.inputs):
+            return reason
         if options.kernels == "reference":
             return None
         reason = None if options.unmeasured else unmeasured(norm.input)
@@ -153,6 +156,12 @@ def few_rows(node: Node) -> bool:
     """Whether a value [..., K] is known to have one to eight rows."""
     rows = _rows(node)
     return rows is not None and 1 <= rows <= FEW_ROWS
+
+
+def of_subclass(nodes: Iterable[Node]) -> str | None:
+    """Why an op of our own may not read these values, or None: a subclass knows PyTorch's operators only."""
+    found = next((node for node in nodes if is_traceable_wrapper_subclass(tensor(node))), None)
+    return None if found is None else f"{found.name} is of a tensor subclass, which decides itself what is computed"
 
 
 def unmeasured(node: Node) -> str | None:

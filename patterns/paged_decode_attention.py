@@ -80,7 +80,7 @@ class PagedDecodeAttention(Pattern):
             _emit_cache(keys, builder),
             _emit_cache(values, builder),
             builder.shared("unsqueeze", keys.table, 0) if one_sequence else keys.table,
-            emit_mask(attention.mask, builder),
+            emit_mask(attention, builder),
             dim**-0.5 if attention.scale is None else float(attention.scale),
             options.early_launch,
         )

@@ -126,7 +126,7 @@ def test_a_time_of_zero_still_gives_x_bit_for_bit() -> None:
     assert _pointwise.evaluate(EDM[0], t)[0] == 1 and _pointwise.evaluate(EDM[1], t)[0] == 0
 
 
-@pytest.mark.parametrize("bound", ["one leaf", "tokens", "in memory"])
+@pytest.mark.parametrize("bound", ["one leaf", "tokens", "in memory", "finite numbers"])
 def test_what_bounds_a_function(bound: str) -> None:
     def coefficients(t: Tensor) -> tuple[Tensor, Tensor]:
         if bound == "one leaf":
@@ -135,6 +135,8 @@ def test_what_bounds_a_function(bound: str) -> None:
             for _ in range(6):
                 t = t * t + t
             return per_sample(t), per_sample(t)
+        if bound == "finite numbers":
+            return per_sample(t / 1e-310), per_sample(t)
         return per_sample(torch.erf(t).exp()), per_sample(t)
 
     assert functions_of(Block(coefficients), torch.randn(3, 5, 16), torch.rand(3)) == ("x", "x")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -162,3 +163,21 @@ def test_nothing_is_measured_but_on_hopper(monkeypatch: pytest.MonkeyPatch) -> N
         assert (not_hopper(torch.device("cuda")) is None) == measured
     monkeypatch.setattr(torch.version, "hip", "6.0")
     assert "cuda" in (not_hopper(torch.device("cuda")) or "")
+
+
+def test_the_kernels_get_a_bias_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read it so; a column of a table and one number for all are right, too."""
+    module, seen = importlib.import_module("torch_fuse.kernels.dequant_linear"), list[Tensor]()
+
+    def run_instead(x: Tensor, codes: Tensor, scale: Tensor, zero: Any, lut: Any, bias: Tensor, *_: Any) -> Tensor:
+        seen.append(bias)
+        return x @ (codes * scale).t() + bias
+
+    monkeypatch.setattr(module, "_no_kernel", lambda *_: None)
+    monkeypatch.setattr(module._dequant_dispatch, "run", run_instead)
+    x, codes, scale = torch.randn(2, SIZE), torch.ones(8, SIZE, dtype=torch.int8), torch.ones(8, 1)
+    form = (8, "int", 1, SIZE, 0, "low", "sub_mul", "float32")
+    for bias in (torch.randn(8, 3)[:, 1], torch.randn(1).expand(8)):
+        found = module.dequant_linear(x, codes, scale, None, None, bias, *form)
+        torch.testing.assert_close(found, x @ codes.float().t() + bias)
+        assert seen.pop().is_contiguous()

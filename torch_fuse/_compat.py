@@ -66,10 +66,10 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def is_plain(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no mode, function transform or subclass has a say in what an op on these tensors does."""
+    """Whether no mode, function transform, subclass or negative bit has a say in what an op on these tensors does."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return _PLAIN.issuperset(map(type, tensors))
+    return _PLAIN.issuperset(map(type, tensors)) and not any(map(torch.Tensor.is_neg, tensors))
 
 
 def same_metadata(tensors: Sequence[torch.Tensor]) -> Callable[..., bool]:

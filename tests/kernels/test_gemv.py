@@ -114,6 +114,22 @@ def test_linear_residual(case: Any, tiles: bool, dtype: torch.dtype, monkeypatch
 
 
 @pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("which", ["bias", "norm weight", "norm bias"])
+def test_vectors_may_lie_in_memory_in_any_way(which: str, rows: int) -> None:
+    """A column of a table, and one number for all; the kernels would read what lies next to it."""
+    x, weights, biases, scales, shifts, *rest = norm_linear_arguments(torch.float16, rows, 48, [10], "layer", "none")
+    vectors = {"bias": biases, "norm weight": scales, "norm bias": shifts}[which]
+    size = vectors[0].shape[0]
+    for other in (random(size, 3, dtype=torch.float16)[:, 1], random(1, dtype=torch.float16).expand(size)):
+        vectors[0] = other
+        arguments = (x, weights, biases, scales, shifts, *rest)
+        check(norm_linear.norm_linear_gemv, norm_linear.reference, arguments, torch.float16)
+        if which == "bias":
+            given = (random(1, rows, size, dtype=torch.float16), x, weights[0], other, x, weights[0], other)
+            check(residual.linear_residual_gemv, residual.reference, given, torch.float16)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
 def test_another_call_of_the_same_kind_reads_its_own_tensors(rows: int) -> None:
     for seed in range(3):
         x, *rest = norm_linear_arguments(torch.float16, rows, 48, [10, 33], "layer", "none,gelu")

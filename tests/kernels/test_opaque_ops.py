@@ -65,6 +65,20 @@ def test_all_kinds_of_tensors_take_the_same_way() -> None:
         assert attend(*(mode.from_tensor(x) for x in (q, k, v))).stride() == wanted.stride()
 
 
+def test_a_negative_bit_is_not_lost() -> None:
+    """The imaginary part of a conjugate lies in memory with the other sign; only torch's dispatcher sees to it."""
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(x.is_neg())
+        return x.clone()
+
+    op = _ops.define_opaque_op("torch_fuse_tests::look", look, torch.empty_like)
+    z = torch.complex(torch.zeros(3), torch.arange(3.0))
+    assert op(z.conj().imag).tolist() == [0, -1, -2] and op(z.imag).tolist() == [0, 1, 2]
+    assert seen == [False, False]
+
+
 def test_the_memory_engine_is_not_asked_to_read_from_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its descriptors begin at multiples of 16 bytes; which a tensor's first element does, only the call knows."""
     monkeypatch.setattr(dense, "hopper_config", lambda *_: (dense._TWO_A_SM, ""))

@@ -122,6 +122,8 @@ def match_counter(positions: Node, order: Order, before: Node) -> Counter | None
         shown, number = tensor(length), static_int(found.shape[0])
         if shown is None or shown.dim() != 0 or shown.dtype != torch.int64 or number is None:
             continue
+        if shown.device != found.device:  # it may be on the CPU, where no kernel reads it
+            continue
         writes = [w for w in order.writers if any(storages(m) & storages(length) for m in mutated(w))]
         add = call_of(writes[0]) if len(writes) == 1 else None
         if add is None or add.op != "add" or not add.inplace or add["input"] is not length or writes[0].users:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -24,6 +26,22 @@ _IN_PLACE_OPERATORS = {
     )
 }  # fmt: skip
 
+# Functions whose names do not tell that they write: the argument that asks for it, and what is written to.
+_QUIET: dict[Any, tuple[str, tuple[str, ...]]] = {
+    F.embedding: ("max_norm", ("weight",)),
+    F.embedding_bag: ("max_norm", ("weight",)),
+    F.batch_norm: ("training", ("running_mean", "running_var")),
+    F.instance_norm: ("use_input_stats", ("running_mean", "running_var")),
+}
+# Others, whose arguments have no names: taken to write to all.
+_QUIET_BUILTINS = {
+    getattr(torch, name, None)
+    for name in (
+        "batch_norm", "instance_norm", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm",
+        "fused_moving_avg_obs_fake_quant",
+    )
+}  # fmt: skip
+
 
 def mutated(node: Node) -> list[Node]:
     """The nodes whose tensors `node` writes to; for an operator that is not understood, all its arguments."""
@@ -37,6 +55,10 @@ def mutated(node: Node) -> list[Node]:
     target = node.target
     if target in _IN_PLACE_OPERATORS:
         return _first(node)
+    if _listed(target, _QUIET):
+        return _quietly(node)
+    if _listed(target, _QUIET_BUILTINS):
+        return arguments
     written = _nodes(node.kwargs.get("out"))
     if isinstance(target, torch._ops.HigherOrderOperator):
         return [] if target.name() in _REGIONS and not _body_writes(node) else arguments
@@ -54,6 +76,21 @@ def mutated(node: Node) -> list[Node]:
     if _writes_by_name(name):
         return [*written, *_first(node)]
     return [*written, *_first(node)] if _asks_in_place(node) else written
+
+
+def _listed(target: object, functions: Collection[Any]) -> bool:
+    try:
+        return target in functions
+    except TypeError:  # unhashable callable
+        return False
+
+
+def _quietly(node: Node) -> list[Node]:
+    asks, written = _QUIET[node.target]
+    bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    bound.apply_defaults()
+    given = bound.arguments
+    return [] if given[asks] in (None, False) else _nodes([given[name] for name in written])
 
 
 def _first(node: Node) -> list[Node]:

@@ -127,7 +127,7 @@ class _Reader:
             return None
         if isinstance(right, Node):
             return f"{ {'sub': 'rsub', 'div': 'rdiv'}.get(op, op) }:{float(number)!r} {self.read(right)}"
-        if op == "div" and number == 0:
+        if op == "div" and (number == 0 or not math.isfinite(1 / number)):
             return None
         op, number = {"sub": ("add", -number), "div": ("mul", 1 / (number or 1))}.get(op, (op, number))
         return f"{op}:{float(number)!r} {self.read(left)}"
