@@ -27,6 +27,7 @@ def sizes_of(s: Stack) -> Sizes:
         s.layers, int(s.x.shape[2]), s.heads, s.kv_heads, s.head_dim,
         tuple(int(w.shape[0]) for w in s.in_weights[:projections]), int(s.up_weights[0].shape[0]),
         0 if s.head_weight is None else int(s.head_weight.shape[0]), s.parallel, s.gated, s.rotary_dim,
+        bool(s.q_norm_weights),
     )  # fmt: skip
 
 
@@ -163,7 +164,8 @@ def arguments(s: Stack, out: Tensor, workspace: int) -> tuple[bytes, Tensor]:
         tensors += [*s.norm_weights[norms], *s.norm_biases[norms], *s.in_weights[ins], *s.in_biases[ins],
                     *s.up_weights[up], *s.up_biases[up], s.out_weights[i], s.out_biases[i], s.down_weights[i],
                     s.down_biases[i], s.q_norm_weights[i] if s.q_norm_weights else None,
-                    s.k_norm_weights[i] if s.k_norm_weights else None, s.key_caches[i], s.value_caches[i], s.lengths[i] if s.lengths else None,
+                    s.k_norm_weights[i] if s.k_norm_weights else None, s.key_caches[i], s.value_caches[i],
+                    s.lengths[i] if s.lengths else None,
                     s.masks[i if len(s.masks) > 1 else 0]]  # fmt: skip
     return numbers + struct.pack(f"={len(tensors)}q", *map(at, tensors)), x
 

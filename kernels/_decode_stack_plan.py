@@ -9,7 +9,7 @@ SLICE = 256  # columns that a warp reads at once
 ROUND = 128  # rows of a block whose sums are kept at a time
 MAX_CHUNK = 24576  # bytes of a slot
 MAX_VECTOR = 64  # fp32 registers of a thread for the vector that is multiplied
-MAX_SPLITS = 16
+MAX_SPLITS, MAX_SPLITS_TOGETHER = 12, 8  # of a head, of heads in one task: more need more than 128 registers
 MAX_SLOTS = 64
 ATTENTION_WARPS = 4
 MATRIX_WARPS = (8, 9, 10)  # of which one is chosen: with the others, 16 warps may have 128 registers each
@@ -42,6 +42,7 @@ class Sizes(NamedTuple):
     parallel: bool
     gated: bool
     rotary_dim: int
+    head_norm: bool = False
 
 
 class Plan(NamedTuple):
@@ -123,7 +124,7 @@ def plan(sizes: Sizes, device: Device, matrix_warps: int | None = None, max_chun
     keys = keys if keys is not None else KEYS if sizes.parallel else KEYS_EXPOSED
     group = sizes.heads // sizes.kv_heads
     queries = queries or next(n for n in range(MAX_QUERIES if keys else 1, 0, -1) if group % n == 0)
-    parts = splits or max(1, min(blocks * queries // sizes.heads, MAX_SPLITS))
+    parts = splits or max(1, min(blocks * queries // sizes.heads, MAX_SPLITS if queries == 1 else MAX_SPLITS_TOGETHER))
     rest = _rest_bytes(sizes, warps, round_rows, kept, queries, parts)
     key_slot = _key_slot(sizes.head_dim)
     key_slots = max(2, keys // key_slot) if keys else 0
@@ -170,6 +171,7 @@ def _rest_bytes(sizes: Sizes, warps: int, round_rows: int, kept: int, queries: i
     stride = warps | 1
     sums = 2 * (2 if sizes.gated else 1) * round_rows * stride + (kept if sizes.parallel else 1) * stride
     tables = 4 * max(sizes.rotary_dim // 2, 1)
+    tables += 2 * (sizes.head_dim if sizes.head_norm else 1)
     joined = queries * (ATTENTION_WARPS * (sizes.head_dim + 2) + 2 * parts) + 3 * ATTENTION_WARPS
     return 4 * (sums + 2 * warps + tables + joined + 1) + 24 * sizes.layers + 64
 

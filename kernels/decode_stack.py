@@ -99,8 +99,8 @@ class Stack(NamedTuple):
         return len(self.out_weights)
 
     @property
-    def tensors(self) -> tuple[Tensor | None | SomeOrNone, ...]:
-        return (*self[:22], self.q_norm_weights, self.k_norm_weights)  # type: ignore[return-value]
+    def tensors(self) -> tuple[Tensor | SomeOrNone | None, ...]:
+        return (*self[:22], self.q_norm_weights, self.k_norm_weights)
 
     @property
     def options(self) -> tuple[object, ...]:
@@ -222,7 +222,9 @@ def _layer(s: Stack, layer: int, x: Tensor) -> Tensor:
     down = s.down_weights[layer], s.down_biases[layer]
     y = x if s.parallel else linear_residual(x, attended, *out, None, None, None)
     (h,) = _normed(s, y, s.up_weights[up], s.up_biases[up], *norms[1], activations, s.gated)
-    return linear_residual(x, attended, *out, h, *down) if s.parallel else linear_residual(y, h, *down, *[None] * 3)
+    if s.parallel:
+        return linear_residual(x, attended, *out, h, *down)
+    return linear_residual(y, h, *down, None, None, None)
 
 
 def _normed(s: Stack, x: Tensor, weights: Some, biases: SomeOrNone, scale: Tensor | None, shift: Tensor | None,

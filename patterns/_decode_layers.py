@@ -153,7 +153,8 @@ def match_layer(attention: Node) -> Layer:
             "out_weights": (out[0][0],), "out_biases": (out[0][1],),
             "down_weights": (down[0],), "down_biases": (down[1],),
         },
-        (a.q_weight, a.k_weight), (a.cos, a.sin), (a.key_cache, a.value_cache), a.length, a.positions, a.mask, frozenset(nodes),
+        (a.q_weight, a.k_weight), (a.cos, a.sin), (a.key_cache, a.value_cache), a.length, a.positions, a.mask,
+        frozenset(nodes),
     )  # fmt: skip
 
 

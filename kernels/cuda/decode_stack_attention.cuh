@@ -37,13 +37,6 @@ __device__ __forceinline__ Lanes lanes_of(const uint16_t* head, int chunk) {
   return found;
 }
 
-__device__ __forceinline__ void widen(const Lanes& found, float* own, float* other) {
-  widen(found.own, own);
-  widen(found.pairs, other);
-#pragma unroll
-  for (int e = 0; e < 8 && !INTERLEAVED && !PAIRS_TOGETHER && ROTARY > 0; ++e) other[e] = widened(found.other[e]);
-}
-
 // What the RMSNorm of a head multiplies it with, besides the weight; all lanes of a warp.
 __device__ __forceinline__ float rstd_of(const Lanes& found, const Arguments& a) {
   if (!HEAD_NORM) return 1.0f;
@@ -57,23 +50,22 @@ __device__ __forceinline__ float rstd_of(const Lanes& found, const Arguments& a)
 }
 
 // The lanes normalised, turned by the step's angles, rounded.
-__device__ __forceinline__ void turned(const Lanes& found, const Lanes& norm, float rstd, int chunk,
-                                       const Arguments& a, const Rest& rest, float* out) {
+__device__ __forceinline__ void turned(const Lanes& found, const float* factors, float rstd, int chunk,
+                                       const Rest& rest, float* out) {
   float other[8];
-  widen(found, out, other);
-  if (HEAD_NORM) {
-    float weight[8], other_weight[8];
-    widen(norm, weight, other_weight);
+  widen(found.own, out);
+  widen(found.pairs, other);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      out[e] *= rstd * (weight[e] + a.head_weight_offset);
-      other[e] *= rstd * (other_weight[e] + a.head_weight_offset);
+  for (int e = 0; e < 8; ++e) {
+    const int d = chunk * 8 + e;
+    if (ROTARY > 0 && !INTERLEAVED && !PAIRS_TOGETHER) other[e] = widened(found.other[e]);
+    if (HEAD_NORM) {
+      out[e] *= rstd * factors[d];
+      if (!INTERLEAVED && d < ROTARY) other[e] *= rstd * factors[d < PAIRS ? d + PAIRS : d - PAIRS];
     }
   }
-  if (INTERLEAVED) {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) other[e] = out[e ^ 1];
-  }
+  for (int e = 0; e < 8 && INTERLEAVED; ++e) other[e] = out[e ^ 1];
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
     const int d = chunk * 8 + e;
@@ -225,10 +217,9 @@ __device__ void attend(const Arguments& a, const unsigned char* key_slots, Rest&
     const int position = rest.positions[index];
     const bool within = live.first <= position && position < live.first + live.count;  // then it is not negative
     const bool kept_new = within && (!live.holes || load_stream(layer.mask + position * a.mask_step) != 0);
-    Lanes query_norm = {}, key_norm = {};
-    if (HEAD_NORM && chunk < CHUNKS) {
-      query_norm = lanes_of(layer.head_norm[0], chunk);
-      key_norm = lanes_of(layer.head_norm[1], chunk);
+    for (int i = thread; HEAD_NORM && i < 2 * HEAD_DIM; i += ATTENTION_THREADS) {
+      const uint16_t weight = load_stream(layer.head_norm[i / HEAD_DIM] + i % HEAD_DIM);
+      rest.head_norm[i / HEAD_DIM][i % HEAD_DIM] = widened(weight) + a.head_weight_offset;
     }
     bool waited = false;
 #pragma unroll 1
@@ -263,7 +254,7 @@ __device__ void attend(const Arguments& a, const unsigned char* key_slots, Rest&
 #pragma unroll
       for (int r = 0; r < QUERIES; ++r) {
         const float rstd = rstd_of(found[r], a);
-        if (chunk < CHUNKS) turned(found[r], query_norm, rstd, chunk, a, rest, query[r]);
+        if (chunk < CHUNKS) turned(found[r], rest.head_norm[0], rstd, chunk, rest, query[r]);
 #pragma unroll
         for (int e = 0; e < 8; ++e) query[r][e] *= a.scale;
       }
@@ -272,7 +263,7 @@ __device__ void attend(const Arguments& a, const unsigned char* key_slots, Rest&
       for (int r = 0; r < QUERIES; ++r) state[r] = {minus_infinity(), 0.0f, {}};
       if (appends) {
         const float rstd = rstd_of(found_key, a);
-        if (chunk < CHUNKS) turned(found_key, key_norm, rstd, chunk, a, rest, key);
+        if (chunk < CHUNKS) turned(found_key, rest.head_norm[1], rstd, chunk, rest, key);
         add_new(state, query, key, value, part, position, kept_new, a, layer);
       }
       if constexpr (KEYS_RING) {

@@ -137,6 +137,7 @@ struct Rest {
   float sums[2][UPS][ROUND * STRIDE];  // of the rows of a round, and of the next
   float kept[KEPT_ROWS * STRIDE];      // of the MLP, until attention is there
   float statistics[2 * MATRIX_WARPS];
+  float head_norm[2][HEAD_NORM ? HEAD_DIM : 1];  // weights of the norms of queries and keys
   float table[4][PAIRS];  // cos of a pair's first and second lane, sin of both
   float merge[QUERIES][ATTENTION_WARPS][HEAD_DIM + 2];
   float parts[QUERIES * SPLITS][2];  // top score and sum of weights
