@@ -42,7 +42,7 @@ from torch_fuse.graph.fold import fold_constant
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.product import Operand
 from torch_fuse.graph.score_mask import MaskPlan, plan_mask
-from torch_fuse.graph.score_walk import Factor, Term
+from torch_fuse.graph.score_steps import Factor, Term
 from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor
 from torch_fuse.graph.written_attention import WrittenOut, batch_sizes
 from torch_fuse.options import Options
