@@ -32,12 +32,11 @@ from torch_fuse.options import Options
 from torch_fuse.patterns import _decode_stack_examples as examples
 from torch_fuse.patterns._decode_head import Head, match_head
 from torch_fuse.patterns._decode_layers import Geometry, Layer, is_call, match_layer, tensors_of
+from torch_fuse.patterns.decode_norm_linear import unmeasured
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
 from torch_fuse.rewrite.view import GraphView
-
-MEASURED = False  # whether it is known to win where its kernel runs
 
 
 @register
@@ -65,8 +64,9 @@ class DecodeStack(Pattern):
     def check(self, match: Match, options: Options) -> str | None:
         if options.kernels == "reference":
             return None
-        if not (MEASURED or options.unmeasured):
-            return "a decoding step is not measured to win yet"
+        stream = match.bindings["layers"][0].stream
+        if not options.unmeasured and (reason := unmeasured(stream)):
+            return reason
         with no_guards(match.bindings["mode"]):
             reason = decode_stack.supports(*match.bindings["fake"])
         return None if reason is None else f"the kernel cannot run: {reason}"
