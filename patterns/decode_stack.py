@@ -229,6 +229,7 @@ def _arguments(layers: list[Layer], head: Head | None, lengths: list[Any]) -> li
     """The op's arguments; masks that are one are given once."""
     lists = {name: [node for layer in layers for node in layer.weights[name]] for name in layers[0].weights}
     masks = list(dict.fromkeys(layer.mask for layer in layers))
+    options = [list(x) if isinstance(x, tuple) else x for x in layers[0].geometry]
     return [
         layers[0].stream,
         *lists.values(),
@@ -238,7 +239,9 @@ def _arguments(layers: list[Layer], head: Head | None, lengths: list[Any]) -> li
         None if lengths else layers[0].positions,
         masks if len(masks) == 1 else [layer.mask for layer in layers],
         *((None,) * 4 if head is None else head.arguments),
-        *(list(x) if isinstance(x, tuple) else x for x in layers[0].geometry),
+        *options[:-2],
+        *([] if layers[0].head_norms[i] is None else [layer.head_norms[i] for layer in layers] for i in (0, 1)),
+        *options[-2:],
     ]
 
 
