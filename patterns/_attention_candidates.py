@@ -79,7 +79,9 @@ def pytorch(tensors: Tensors, site: Site) -> Callable[[Tensors], Tensor]:
 
 def _repeated(tensors: Tensors, site: Site) -> Tensors:
     q, k, v = tensors
-    return tensors if site.repetition == 1 else (q, *(x.repeat_interleave(site.repetition, 1) for x in (k, v)))
+    if site.repetition == 1:
+        return tensors
+    return q, k.repeat_interleave(site.repetition, 1), v.repeat_interleave(site.repetition, 1)
 
 
 def _torch_refusal(can_use: Callable[..., bool], name: str) -> Callable[[Tensors, Site], str | None]:

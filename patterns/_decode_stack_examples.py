@@ -98,7 +98,8 @@ class Decoder(nn.Module):
 
     def forward(self, x, cos, sin, masks, *state):
         n, how, extra = self.layers, self.how, []
-        for block in self.blocks:
+        blocks: list[Any] = list(self.blocks)
+        for block in blocks:
             block.seen = []
         keys, values, lengths = state[:n], state[n : 2 * n], state[2 * n :]
         positions = None
@@ -108,11 +109,11 @@ class Decoder(nn.Module):
                 lengths[0].add_(x.shape[1])
         if how == "mask_of_the_count":  # as in transformers: read before the first layer counts
             masks = [torch.arange(SIZE, device=x.device)[None, None, None] <= lengths[0]] * n
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(blocks):
             j = 0 if how == "shared_cache" else i
             mask, table = masks[i % len(masks)], cos * 2 if how == "other_table" and i == 1 else cos
             if how == "weight_written" and i == 1:
-                self.blocks[0].down.weight.mul_(0.5)
+                blocks[0].down.weight.mul_(0.5)
             given = positions if i == 0 or how != "position_counted_first" else None
             x = block(x, table, sin, mask, keys[j], values[j], lengths[i], given)
             if how == "hidden_read":
@@ -134,7 +135,7 @@ class Decoder(nn.Module):
         y = self.norm(x)
         if how != "whole":
             y = y[:, -1] if how == "last_row" else y[:, slice(0, None), :]
-        return self.head(y), extra + [seen for block in self.blocks for seen in block.seen]
+        return self.head(y), extra + [seen for block in blocks for seen in block.seen]
 
 
 def step(

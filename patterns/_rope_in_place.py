@@ -16,7 +16,8 @@ from torch_fuse.graph.attention import Attention, expanded_heads
 from torch_fuse.graph.cache import appended
 from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.effects import is_hoistable
-from torch_fuse.graph.heads import Axes, Heads, match_heads
+from torch_fuse.graph.head_layout import Axes
+from torch_fuse.graph.heads import Heads, match_heads
 from torch_fuse.graph.lane_slice import match_slice
 from torch_fuse.graph.linear import match_linear
 from torch_fuse.graph.miss import Miss

@@ -10,12 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torch_fuse.patterns._softcap_sinks_parts import (
+    CAP,
+    absent,
+    capped,
+    causal,
+    column_of,
+    later,
+    present,
+    sink,
+    weigh,
+    window,
+)
 from torch_fuse.rewrite.pattern import Example
 
 Attend = Callable[..., Any]
 Make = Callable[[torch.dtype], tuple[Attend, tuple[Any, ...]]]
 B, H, S, D = 2, 4, 9, 8
-SCALE, CAP = 0.8, 2.0
+SCALE = 0.8
 
 
 def spellings() -> Iterator[Example]:
@@ -72,7 +84,7 @@ def _merged(out: Any) -> Any:
 
 def _einsum(dtype: torch.dtype) -> tuple[Attend, tuple[Any, ...]]:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scores = torch.tanh(torch.einsum("bqhd,bkhd->bhqk", q, k) / CAP) * CAP + _causal(q, 1)
+        scores = torch.tanh(torch.einsum("bqhd,bkhd->bhqk", q, k) / CAP) * CAP + causal(q, 1)
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).to(v.dtype), v).flatten(2) * 2
 
     return attend, tuple(torch.randn(B, S, H, D, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -97,53 +109,6 @@ def _numbers(dtype: torch.dtype) -> Tensor:
     return torch.randn(S, S, dtype=dtype)
 
 
-# -- parts ---------------------------------------------------------------------------------------------------------
-
-
-def _later(x: Tensor, dim: int = 2) -> Tensor:
-    """True for keys that lie after the query."""
-    i = torch.arange(x.shape[dim], device=x.device)
-    return i[None, :] > i[:, None]
-
-
-def _causal(x: Tensor, dim: int = 2) -> Tensor:
-    low = torch.finfo(torch.float32).min
-    return torch.where(_later(x, dim), low, torch.zeros((), device=x.device))
-
-
-def _window(x: Tensor) -> Tensor:
-    i = torch.arange(x.shape[2], device=x.device)
-    keep = (i[None, :] <= i[:, None]) & (i[None, :] > i[:, None] - 3)
-    return torch.where(keep, 0.0, -math.inf).to(x.dtype)
-
-
-def _present(x: Tensor, padding: Tensor, low: float = torch.finfo(torch.float32).min) -> Tensor:
-    return torch.where(_absent(x, padding), low, torch.zeros((), device=x.device))
-
-
-def _absent(x: Tensor, padding: Tensor) -> Tensor:
-    return _later(x) | (padding[:, None, None, :] == 0)
-
-
-def _cap(scores: Tensor) -> Tensor:
-    return torch.tanh(scores / CAP) * CAP
-
-
-def _weigh(scores: Tensor, v: Tensor) -> Tensor:
-    return F.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
-
-
-def _column(sinks: Tensor, q: Tensor) -> Tensor:
-    return sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
-
-
-def _sink(scores: Tensor, column: Tensor, v: Tensor) -> Tensor:  # gpt-oss
-    joined = torch.cat([scores, column], dim=-1)
-    joined = joined - joined.max(dim=-1, keepdim=True).values
-    weights = F.softmax(joined, dim=-1, dtype=joined.dtype)[..., :-1]
-    return F.dropout(weights, 0.1, training=False).to(v.dtype) @ v
-
-
 # -- soft caps -----------------------------------------------------------------------------------------------------
 
 
@@ -152,76 +117,76 @@ def _gemma2(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = scores / CAP
     scores = torch.tanh(scores)
     scores = scores * CAP
-    return _weigh(scores + _causal(q), v)
+    return weigh(scores + causal(q), v)
 
 
 def _in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = (q @ k.mT).div_(CAP).tanh_() * CAP  # what tanh gave is needed for its gradient
-    return scores.masked_fill_(_later(q), -math.inf).softmax(-1) @ v
+    return scores.masked_fill_(later(q), -math.inf).softmax(-1) @ v
 
 
 def _capped_padding(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-    return _weigh(_cap(q @ k.mT) + _present(q, padding), v)
+    return weigh(capped(q @ k.mT) + present(q, padding), v)
 
 
 def _capped_padding_inf(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-    return _weigh(_cap(q @ k.mT) + _present(q, padding, -math.inf), v)
+    return weigh(capped(q @ k.mT) + present(q, padding, -math.inf), v)
 
 
 def _capped_filled(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-    return _weigh(_cap(q @ k.mT).masked_fill(_absent(q, padding), torch.finfo(q.dtype).min), v)
+    return weigh(capped(q @ k.mT).masked_fill(absent(q, padding), torch.finfo(q.dtype).min), v)
 
 
 def _capped_filled_inf(q: Tensor, k: Tensor, v: Tensor, padding: Tensor) -> Tensor:
-    return torch.where(_absent(q, padding), -math.inf, _cap(q @ k.mT)).softmax(-1) @ v
+    return torch.where(absent(q, padding), -math.inf, capped(q @ k.mT)).softmax(-1) @ v
 
 
 def _cap_of_an_input(q: Tensor, k: Tensor, v: Tensor, cap: Tensor) -> Tensor:
-    return _weigh(torch.tanh(q @ k.mT / cap) * cap + _causal(q), v)
+    return weigh(torch.tanh(q @ k.mT / cap) * cap + causal(q), v)
 
 
 def _capped_plus(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return _weigh(_cap(q @ k.mT) + mask, v)
+    return weigh(capped(q @ k.mT) + mask, v)
 
 
 def _cap_in_a_constant(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     cap = torch.tensor(CAP, dtype=q.dtype, device=q.device)
-    return _weigh(torch.tanh(q @ k.mT / cap) * cap + _window(q), v)
+    return weigh(torch.tanh(q @ k.mT / cap) * cap + window(q), v)
 
 
 _CAPPED: dict[str, Attend] = {
     "gemma2": _gemma2,
     "cap_in_place": _in_place,
-    "cap_without_a_mask": lambda q, k, v: _weigh(_cap(q @ k.mT), v),
-    "cap_in_a_window": lambda q, k, v: (_cap(q @ k.mT * SCALE) + _window(q)).softmax(-1) @ v,
+    "cap_without_a_mask": lambda q, k, v: weigh(capped(q @ k.mT), v),
+    "cap_in_a_window": lambda q, k, v: (capped(q @ k.mT * SCALE) + window(q)).softmax(-1) @ v,
     "cap_in_a_constant": _cap_in_a_constant,
-    "factors_that_differ": lambda q, k, v: _weigh(3.0 * (q @ k.mT * 0.25).tanh() + _causal(q), v),
-    "query_scaled_and_capped_in_float32": lambda q, k, v: _weigh(
-        _cap((q * SCALE).float() @ k.float().mT).masked_fill(_later(q), -math.inf), v
+    "factors_that_differ": lambda q, k, v: weigh(3.0 * (q @ k.mT * 0.25).tanh() + causal(q), v),
+    "query_scaled_and_capped_in_float32": lambda q, k, v: weigh(
+        capped((q * SCALE).float() @ k.float().mT).masked_fill(later(q), -math.inf), v
     ),
 }
 
 
 def _tanh_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return _weigh(_cap(_cap(q @ k.mT)) + _causal(q), v)
+    return weigh(capped(capped(q @ k.mT)) + causal(q), v)
 
 
 def _capped_weights_read(q: Tensor, k: Tensor, v: Tensor) -> Any:
-    weights = (_cap(q @ k.mT) + _window(q)).softmax(-1)
+    weights = (capped(q @ k.mT) + window(q)).softmax(-1)
     return weights @ v, weights
 
 
 _UNLIKE_CAP: dict[str, Attend] = {
-    "cap_after_the_mask": lambda q, k, v: _weigh(_cap(q @ k.mT + _window(q)), v),
-    "cap_after_filling": lambda q, k, v: _weigh(_cap((q @ k.mT).masked_fill(_later(q), -math.inf)), v),
-    "mask_within_the_cap": lambda q, k, v: _weigh((torch.tanh(q @ k.mT / CAP) + _window(q)) * CAP, v),
-    "filled_within_the_cap": lambda q, k, v: _weigh(torch.tanh(q @ k.mT).masked_fill(_later(q), -math.inf) * CAP, v),
-    "bias_before_the_cap": lambda q, k, v: _weigh(_cap(q @ k.mT + q[:, :, :1, :1]) + _causal(q), v),
+    "cap_after_the_mask": lambda q, k, v: weigh(capped(q @ k.mT + window(q)), v),
+    "cap_after_filling": lambda q, k, v: weigh(capped((q @ k.mT).masked_fill(later(q), -math.inf)), v),
+    "mask_within_the_cap": lambda q, k, v: weigh((torch.tanh(q @ k.mT / CAP) + window(q)) * CAP, v),
+    "filled_within_the_cap": lambda q, k, v: weigh(torch.tanh(q @ k.mT).masked_fill(later(q), -math.inf) * CAP, v),
+    "bias_before_the_cap": lambda q, k, v: weigh(capped(q @ k.mT + q[:, :, :1, :1]) + causal(q), v),
     "tanh_twice": _tanh_twice,
-    "negative_cap": lambda q, k, v: _weigh(torch.tanh(q @ k.mT / CAP) * -CAP + _causal(q), v),
+    "negative_cap": lambda q, k, v: weigh(torch.tanh(q @ k.mT / CAP) * -CAP + causal(q), v),
     "capped_weights_read": _capped_weights_read,
-    "capped_and_dropped": lambda q, k, v: F.dropout((_cap(q @ k.mT) + _window(q)).softmax(-1), 0.5) @ v,
-    "sigmoid_for_tanh": lambda q, k, v: _weigh(torch.sigmoid(q @ k.mT / CAP) * CAP + _causal(q), v),
+    "capped_and_dropped": lambda q, k, v: F.dropout((capped(q @ k.mT) + window(q)).softmax(-1), 0.5) @ v,
+    "sigmoid_for_tanh": lambda q, k, v: weigh(torch.sigmoid(q @ k.mT / CAP) * CAP + causal(q), v),
 }
 
 
@@ -229,93 +194,93 @@ _UNLIKE_CAP: dict[str, Attend] = {
 
 
 def _gpt_oss(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    return _sink(q @ k.transpose(2, 3) * SCALE + _causal(q), _column(sinks, q), v)
+    return sink(q @ k.transpose(2, 3) * SCALE + causal(q), column_of(sinks, q), v)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     k, v = (x[:, :, None].expand(B, 2, 2, S, D).reshape(B, H, S, D) for x in (k, v))
-    return _sink(_cap(q @ k.mT * SCALE) + _window(q), _column(sinks, q), v)
+    return sink(capped(q @ k.mT * SCALE) + window(q), column_of(sinks, q), v)
 
 
 def _without_maximum(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:  # MiMo
-    weights = torch.cat([q @ k.mT + _window(q), _column(sinks, q)], dim=-1).softmax(-1)
+    weights = torch.cat([q @ k.mT + window(q), column_of(sinks, q)], dim=-1).softmax(-1)
     return weights[..., :-1] @ v
 
 
 def _detached_maximum(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     column = sinks[None, :, None, None].repeat(q.shape[0], 1, q.shape[2], 1)
-    joined = torch.concat(((q @ k.mT).masked_fill(_later(q), -math.inf), column), 3)
+    joined = torch.concat(((q @ k.mT).masked_fill(later(q), -math.inf), column), 3)
     return (joined - joined.amax(-1, keepdim=True).detach()).softmax(3).narrow(-1, 0, S) @ v
 
 
 def _sunk_padding(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, padding: Tensor) -> Tensor:
-    return _sink(q @ k.mT + _present(q, padding), _column(sinks, q), v)
+    return sink(q @ k.mT + present(q, padding), column_of(sinks, q), v)
 
 
 def _absent_queries(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, padding: Tensor) -> Tensor:
     """Queries of absent tokens attend to the sink alone."""
-    keep = (padding[:, None, None, :] != 0) & (padding[:, None, :, None] != 0) & ~_later(q)
-    return _sink((q @ k.mT).masked_fill(~keep, -math.inf), _column(sinks, q), v)
+    keep = (padding[:, None, None, :] != 0) & (padding[:, None, :, None] != 0) & ~later(q)
+    return sink((q @ k.mT).masked_fill(~keep, -math.inf), column_of(sinks, q), v)
 
 
 def _sunk_plus(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: Tensor) -> Tensor:
-    return _sink(q @ k.mT + mask, _column(sinks, q), v)
+    return sink(q @ k.mT + mask, column_of(sinks, q), v)
 
 
 def _sunk_in_float32(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    return _sink((q @ k.mT).float() + _causal(q), _column(sinks.to(q.dtype), q).float(), v)
+    return sink((q @ k.mT).float() + causal(q), column_of(sinks.to(q.dtype), q).float(), v)
 
 
 _SUNK: dict[str, Attend] = {
     "gpt_oss": _gpt_oss,
     "maximum_not_subtracted": _without_maximum,
     "maximum_detached": _detached_maximum,
-    "sinks_without_a_mask": lambda q, k, v, s: _sink(q @ k.mT, _column(s, q), v),
-    "sinks_and_cap": lambda q, k, v, s: _sink(_cap(q @ k.mT) + _causal(q), _column(s, q), v),
+    "sinks_without_a_mask": lambda q, k, v, s: sink(q @ k.mT, column_of(s, q), v),
+    "sinks_and_cap": lambda q, k, v, s: sink(capped(q @ k.mT) + causal(q), column_of(s, q), v),
 }
 
 
 def _not_dropped(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    weights = torch.cat([q @ k.mT + _window(q), _column(sinks, q)], dim=-1).softmax(-1)
+    weights = torch.cat([q @ k.mT + window(q), column_of(sinks, q)], dim=-1).softmax(-1)
     return weights @ torch.cat([v, v[:, :, :1]], 2)
 
 
 def _first_dropped(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    return torch.cat([q @ k.mT + _window(q), _column(sinks, q)], dim=-1).softmax(-1)[..., 1:] @ v
+    return torch.cat([q @ k.mT + window(q), column_of(sinks, q)], dim=-1).softmax(-1)[..., 1:] @ v
 
 
 def _sinks_in_front(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     """The last key's weights are dropped, not the sinks'."""
-    return torch.cat([_column(sinks, q), q @ k.mT + _window(q)], dim=-1).softmax(-1)[..., :-1] @ v
+    return torch.cat([column_of(sinks, q), q @ k.mT + window(q)], dim=-1).softmax(-1)[..., :-1] @ v
 
 
 def _sinks_read(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Any:
-    weights = torch.cat([q @ k.mT + _window(q), _column(sinks, q)], dim=-1).softmax(-1)
+    weights = torch.cat([q @ k.mT + window(q), column_of(sinks, q)], dim=-1).softmax(-1)
     return weights[..., :-1] @ v, weights[..., -1]
 
 
 def _joined_then(change: Callable[[Tensor], Tensor]) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-        joined = torch.cat([q @ k.mT + _window(q), _column(sinks, q)], dim=-1)
+        joined = torch.cat([q @ k.mT + window(q), column_of(sinks, q)], dim=-1)
         return change(joined).softmax(-1)[..., :-1] @ v
 
     return attend
 
 
 def _maximum_before(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    scores = q @ k.mT + _window(q)
-    joined = torch.cat([scores - scores.max(-1, keepdim=True).values, _column(sinks, q)], -1)
+    scores = q @ k.mT + window(q)
+    joined = torch.cat([scores - scores.max(-1, keepdim=True).values, column_of(sinks, q)], -1)
     return joined.softmax(-1)[..., :-1] @ v
 
 
 def _maximum_of_columns(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
-    joined = torch.cat([q @ k.mT, _column(sinks, q)], -1)
+    joined = torch.cat([q @ k.mT, column_of(sinks, q)], -1)
     return (joined - joined.max(2, keepdim=True).values).softmax(-1)[..., :-1] @ v
 
 
 def _sinks_of_queries(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> Tensor:
     column = torch.cat([sinks, sinks, sinks[:1]])[None, None, :, None].expand(B, H, S, 1)
-    return _sink(q @ k.mT + _causal(q), column, v)
+    return sink(q @ k.mT + causal(q), column, v)
 
 
 _UNLIKE_SINKS: dict[str, Attend] = {
@@ -324,10 +289,10 @@ _UNLIKE_SINKS: dict[str, Attend] = {
     "sinks_in_front": _sinks_in_front,
     "weights_of_sinks_read": _sinks_read,
     "scaled_after_joining": _joined_then(lambda x: x * 0.5),
-    "capped_after_joining": _joined_then(_cap),
+    "capped_after_joining": _joined_then(capped),
     "biased_after_joining": _joined_then(lambda x: x + x[:, :, :1].detach()),
     "maximum_before_joining": _maximum_before,
     "maximum_of_columns": _maximum_of_columns,
     "sinks_of_queries": _sinks_of_queries,
-    "sinks_of_tokens": lambda q, k, v, s: _sink(q @ k.mT + _causal(q), q[..., :1] + s[0], v),
+    "sinks_of_tokens": lambda q, k, v, s: sink(q @ k.mT + causal(q), q[..., :1] + s[0], v),
 }

@@ -10,12 +10,8 @@ the launches that wait for each other. Wins on CUDA for few rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
@@ -25,13 +21,14 @@ from torch_fuse.graph.residual import match_residual
 from torch_fuse.graph.values import tensor
 from torch_fuse.kernels import linear_residual_gemv
 from torch_fuse.options import Options
+from torch_fuse.patterns import _decode_linear_residual_examples as examples
 from torch_fuse.patterns._early_launch import may_launch_early
 from torch_fuse.patterns.decode_norm_linear import (
-    _rows,
     check_bias,
     check_stored,
     few_rows,
     of_subclass,
+    rows_of,
     too_many_rows,
     unmeasured,
 )
@@ -79,7 +76,7 @@ class DecodeLinearResidual(Pattern):
         constants = [n for x in linears for n in (x.weight, x.bias) if n is not None]
         early = all(may_launch_early(view.order, constants, x.input) for x in linears)
         bindings = {"residual": others[0], "linears": linears, "early": early}
-        note = f"{len(linears)} weight(s), {_rows(anchor)} row(s)"
+        note = f"{len(linears)} weight(s), {rows_of(anchor)} row(s)"
         return Match(anchor, bindings, (anchor,), frozenset(region), inputs, note)
 
     def check(self, match: Match, options: Options) -> str | None:
@@ -117,14 +114,10 @@ class DecodeLinearResidual(Pattern):
         return {match.anchor: new}
 
     def spellings(self) -> Iterator[Example]:
-        for name, block in _SPELLINGS.items():
-            yield Example(name, _example(block))
+        return examples.spellings()
 
     def near_misses(self) -> Iterator[Example]:
-        yield Example("nine_rows", _example(_SPELLINGS["two"], 9), fuses=False)
-        yield Example("gradients", _example(_SPELLINGS["two"], grad=True), fuses=False)
-        for name, block in _NEAR_MISSES.items():
-            yield Example(name, _example(block), fuses=False)
+        return examples.near_misses()
 
 
 def _linear(node: Node, region: set[Node]) -> Linear | None:
@@ -157,45 +150,3 @@ def _check(anchor: Node, residual: Node, linears: list[Linear]) -> None:
         if any(tensor(node).dtype != result.dtype for node in (linear.input, linear.weight)):  # type: ignore[union-attr]
             raise Miss("weights, inputs and the residual stream differ in dtype", linear.node)
         check_bias(linear)
-
-
-# -- examples ------------------------------------------------------------------------------------------------------
-
-Block = Callable[["_Layers", torch.Tensor, torch.Tensor, torch.Tensor], Any]
-
-
-class _Layers(nn.Module):
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.block = block
-        self.a, self.b, self.c = nn.Linear(16, 24), nn.Linear(32, 24), nn.Linear(32, 24, bias=False)
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> Any:
-        return self.block(self, x, y, z)
-
-
-def _example(block: Block, rows: int = 2, grad: bool = False) -> Callable[[torch.dtype], Any]:
-    def make(dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
-        model = _Layers(block).to(dtype).requires_grad_(grad)
-        return model, tuple(torch.randn(rows, 1, n, dtype=dtype) for n in (24, 16, 32))
-
-    return make
-
-
-_SPELLINGS: dict[str, Block] = {
-    "two": lambda m, x, y, z: m.b(z) + m.a(y) + x,
-    "residual_first": lambda m, x, y, z: x + (m.a(y) + m.c(z)),
-    "one": lambda m, x, y, z: x + m.b(z),
-    "no_bias": lambda m, x, y, z: m.c(z) + x,
-    "behind_dropout": lambda m, x, y, z: x + F.dropout(m.b(z), 0.1, False) + F.dropout(m.a(y), 0.0, True),
-    "read_again": lambda m, x, y, z: (lambda r: (r, r + m.a(y)))(x + m.b(z)),
-}
-_NEAR_MISSES: dict[str, Block] = {
-    "linear_read_again": lambda m, x, y, z: (lambda h: (x + h, h * 2))(m.b(z)),
-    "scaled": lambda m, x, y, z: x + 2 * m.b(z),
-    "alpha": lambda m, x, y, z: torch.add(x, m.b(z), alpha=2),
-    "difference": lambda m, x, y, z: x - m.b(z),
-    "bias_of_one_number": lambda m, x, y, z: x + (m.c(z) + m.a.bias[:1]),
-    "broadcast": lambda m, x, y, z: x[:1] + m.b(z),
-    "written_in_between": lambda m, x, y, z: (lambda h: (z.mul_(2), x + h))(m.b(z)),
-}

@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.fx import Node
 
 from torch_fuse._compat import is_traceable_wrapper_subclass
@@ -35,6 +32,7 @@ from torch_fuse.graph.values import same_shape, static_int, tensor
 from torch_fuse.kernels import norm_linear_gemv
 from torch_fuse.kernels._measured import not_hopper
 from torch_fuse.options import Options
+from torch_fuse.patterns import _decode_norm_linear_examples as examples
 from torch_fuse.patterns._activation_behind import gelu_behind
 from torch_fuse.patterns._early_launch import may_launch_early
 from torch_fuse.rewrite.builder import Builder
@@ -82,7 +80,7 @@ class DecodeNormLinear(Pattern):
         inputs = tuple(node for node in (norm.input, *weights, *biases, *affine) if node is not None)
         replaced = tuple(sorted((output.node for output in outputs), key=view.order.index.__getitem__))
         region = frozenset().union(*(output.nodes for output in outputs), *(other.nodes for other in same))
-        note = f"{len(weights)} weight(s) behind {len(same)} {norm.kind} norm(s), {_rows(norm.input)} row(s)"
+        note = f"{len(weights)} weight(s) behind {len(same)} {norm.kind} norm(s), {rows_of(norm.input)} row(s)"
         early = may_launch_early(view.order, inputs[1:], norm.input)
         return Match(anchor, {"norm": norm, "outputs": outputs, "early": early}, replaced, region, inputs, note)
 
@@ -123,14 +121,10 @@ class DecodeNormLinear(Pattern):
         return changed
 
     def spellings(self) -> Iterator[Example]:
-        for name, block in _SPELLINGS.items():
-            yield Example(name, _example(block))
+        return examples.spellings()
 
     def near_misses(self) -> Iterator[Example]:
-        yield Example("nine_rows", _example(_two_norms, 9), fuses=False)
-        yield Example("gradients", _example(_two_norms, grad=True), fuses=False)
-        for name, block in _NEAR_MISSES.items():
-            yield Example(name, _example(block), fuses=False)
+        return examples.near_misses()
 
 
 def _emit(norm: Norm, group: list[Output], early: bool, options: Options, builder: Builder) -> Node:
@@ -154,7 +148,7 @@ def _emit(norm: Norm, group: list[Output], early: bool, options: Options, builde
 
 def few_rows(node: Node) -> bool:
     """Whether a value [..., K] is known to have one to eight rows."""
-    rows = _rows(node)
+    rows = rows_of(node)
     return rows is not None and 1 <= rows <= FEW_ROWS
 
 
@@ -175,7 +169,7 @@ def unmeasured(node: Node) -> str | None:
 
 def too_many_rows(node: Node) -> str | None:
     """Why the kernels do not pay for the rows of a value, or None: tensor cores have no exact fp32."""
-    rows, found = _rows(node), tensor(node)
+    rows, found = rows_of(node), tensor(node)
     most = 1 if found is None or found.dtype == torch.float32 else FEW_ROWS
     return None if rows is not None and rows <= most else f"{rows} rows: it is known to pay up to {most}"
 
@@ -193,7 +187,7 @@ def check_bias(linear: Linear) -> None:
         raise Miss(f"the bias has shape {list(bias.shape)}; the op adds one number a column", linear.node)
 
 
-def _rows(node: Node) -> int | None:
+def rows_of(node: Node) -> int | None:
     found = tensor(node)
     sizes = [] if found is None else [static_int(size) for size in found.shape[:-1]]
     return None if found is None or found.dim() < 2 or None in sizes else math.prod(size or 0 for size in sizes)
@@ -285,69 +279,3 @@ def _with_gelu(linear: Linear, norm: Norm, order: Order) -> Output:
         return Output(linear.node, norm, (linear,), "none", linear.nodes)
     node, name, nodes = found
     return Output(node, norm, (linear,), name, linear.nodes | nodes)
-
-
-# -- examples ------------------------------------------------------------------------------------------------------
-
-Block = Callable[["_Layers", torch.Tensor], Any]
-
-
-class _Layers(nn.Module):
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.block = block
-        self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
-        self.rms = nn.RMSNorm(16, eps=1e-6)
-        self.a, self.b = nn.Linear(16, 24), nn.Linear(16, 32)
-        self.c, self.d = nn.Linear(16, 24, bias=False), nn.Linear(16, 8, bias=False)
-        for norm in (self.norm1, self.norm2):
-            nn.init.normal_(norm.bias)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.block(self, x)
-
-
-def _two_norms(m: _Layers, x: torch.Tensor) -> Any:
-    return m.a(m.norm1(x)), F.gelu(m.b(m.norm2(x)))
-
-
-def _example(block: Block, rows: int = 2, grad: bool = False) -> Callable[[torch.dtype], Any]:
-    def make(dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
-        model = _Layers(block).to(dtype).requires_grad_(grad)
-        return model, (torch.randn(rows, 1, 16, dtype=dtype),)
-
-    return make
-
-
-def _written_rms(m: _Layers, x: torch.Tensor) -> torch.Tensor:
-    h = x.float()
-    return m.rms.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def _gated_unit(m: _Layers, x: torch.Tensor) -> torch.Tensor:
-    y = _written_rms(m, x)
-    return F.silu(m.a(y)) * m.c(y)
-
-
-def _gelu_new(y: torch.Tensor) -> torch.Tensor:
-    return 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
-
-
-_SPELLINGS: dict[str, Block] = {
-    "one": lambda m, x: m.a(m.norm1(x)),
-    "two_norms_and_gelu": _two_norms,
-    "three_weights": lambda m, x: [layer(_written_rms(m, x)) for layer in (m.a, m.c, m.d)],
-    "four_weights": lambda m, x: [layer(y) for y in (m.norm1(x),) for layer in (m.a, m.b, m.c, m.d)],
-    "gated": _gated_unit,
-    "tanh_written_out": lambda m, x: _gelu_new(m.b(m.norm1(x))),
-    "bias_added_later": lambda m, x: F.gelu(m.c(m.norm1(x)) + m.a.bias),
-    "gated_bias_added_later": lambda m, x: (lambda y: F.silu(m.c(y) + m.a.bias) * (m.c(y) + m.a.bias))(m.norm1(x)),
-    "result_read_before_and_after_gelu": lambda m, x: (lambda y: (F.gelu(y), y + 1))(m.b(m.norm1(x))),
-}  # fmt: skip
-_NEAR_MISSES: dict[str, Block] = {
-    "norm_read_elsewhere": lambda m, x: (lambda y: (m.a(y), y * 2))(m.norm1(x)),
-    "written_in_between": lambda m, x: (lambda y: (m.a(y), x.mul_(2), m.b(y)))(m.norm1(x)),
-    "bias_of_one_number": lambda m, x: m.c(m.norm1(x)) + m.a.bias[:1],
-    "matrix_added": lambda m, x: torch.addmm(m.a.bias.expand(2, 24), m.norm1(x)[:, 0], m.c.weight.t()),
-    "no_norm": lambda m, x: m.a(x),
-}

@@ -15,14 +15,11 @@ lie at each call, so a weight that is updated later counts from then on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch.fx import Node
 
-from torch_fuse._compat import is_traceable_wrapper_subclass
 from torch_fuse.graph.closure import Closure, closure_of
 from torch_fuse.graph.dequant import OutputScale, Product, match_output_scale, match_product
 from torch_fuse.graph.effects import Order
@@ -30,14 +27,13 @@ from torch_fuse.graph.library_ops import check_not_kept
 from torch_fuse.graph.linear import into_linears
 from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.subclass import Traced, packed_source, trace_linear
-from torch_fuse.graph.values import static_int, storages, tensor
+from torch_fuse.graph.values import storages, tensor
 from torch_fuse.kernels import _dequant_dispatch as dispatch
 from torch_fuse.kernels import dequant_linear
-from torch_fuse.kernels._measured import not_hopper
-from torch_fuse.kernels.packed_weight import COMPUTE
 from torch_fuse.options import Options
 from torch_fuse.patterns import _dequant_examples as examples
 from torch_fuse.patterns._activation_behind import activation_behind
+from torch_fuse.patterns._dequant_refusals import no_kernel, reason_unmeasured, rows_of, unlike_the_op
 from torch_fuse.patterns._early_launch import may_launch_early
 from torch_fuse.patterns._packed_formats import read
 from torch_fuse.patterns._packed_parts import Reading
@@ -94,7 +90,7 @@ class DequantLinear(Pattern):
 
     def check(self, match: Match, options: Options) -> str | None:
         product: Product = match.bindings["product"]
-        reason = _unlike_the_op(match.bindings["outer"], product, match.bindings["scaled"])
+        reason = unlike_the_op(match.bindings["outer"], product, match.bindings["scaled"])
         if reason is not None:
             return reason
         if options.kernels != "reference":
@@ -102,12 +98,12 @@ class DequantLinear(Pattern):
             reason = dequant_linear.supports_device(device)
             if reason is not None:
                 return reason
-            reason = None if options.unmeasured else _unmeasured(match.bindings["outer"], device)
+            reason = None if options.unmeasured else reason_unmeasured(match.bindings["outer"], device)
             if reason is not None:
                 return reason
         found = _read(match)
         if options.kernels != "reference":
-            return _no_kernel(match.bindings["outer"], *found, options)
+            return no_kernel(match.bindings["outer"], *found, options)
         return None
 
     def rewrite(self, match: Match, builder: Builder, options: Options) -> dict[Node, Node]:
@@ -199,7 +195,7 @@ def _epilogue(
     activation in it.
     """
     result = tensor(end)
-    if result is None or result.requires_grad or not dispatch.has_epilogue(_rows(outer)):
+    if result is None or result.requires_grad or not dispatch.has_epilogue(rows_of(outer)):
         return None
     found = activation_behind(end, before, order)
     return found if found is not None and into_linears(found[0]) else None
@@ -257,60 +253,3 @@ def _read(match: Match) -> tuple[Closure, Reading]:
             match.bindings["reading"] = whole, read(whole, product.shape, product.transposed)
     found: tuple[Closure, Reading] = match.bindings["reading"]
     return found
-
-
-def _unlike_the_op(outer: Product, product: Product, scaled: OutputScale | None) -> str | None:
-    """Why the op does not compute this, or None."""
-    result, x, weight = (tensor(node) for node in (product.node, outer.input, product.weight))
-    assert result is not None and x is not None and weight is not None
-    bias = None if outer.bias is None else tensor(outer.bias)
-    if any(part.dtype != x.dtype for part in (result, weight)) or (bias is not None and bias.dtype != x.dtype):
-        return "input, weight, bias and result differ in dtype"
-    if bias is not None and tuple(bias.shape) != product.shape[:1]:
-        return f"the bias has shape {list(bias.shape)}; the op adds one number a column"
-    if scaled is not None:
-        scale, end = tensor(scaled.scale), tensor(scaled.node)
-        assert scale is not None and end is not None
-        if scale.requires_grad and end.requires_grad:
-            return "a gradient of the scale is wanted; the op has none"
-        if scale.dtype not in COMPUTE.values() or product.bias is not None:
-            return "the product is scaled after its bias is added, or by a number of another type than 16 or 32 bits"
-    if weight.requires_grad or (outer is not product and _learns(outer)):
-        return "a gradient of the weight's scale or zero point is wanted; the op has none"
-    if any(is_traceable_wrapper_subclass(other) for other in (x, weight)):
-        return "input or weight is of a tensor subclass, which decides itself what a linear layer is"
-    return None
-
-
-def _learns(outer: Product) -> bool:
-    weight, result = tensor(outer.weight), tensor(outer.node)
-    return weight is not None and result is not None and weight.requires_grad and result.requires_grad
-
-
-def _unmeasured(outer: Product, device: torch.device) -> str | None:
-    """Why the op is not measured to win, whatever the weight's format, or None."""
-    result = tensor(outer.node)
-    assert result is not None
-    if result.requires_grad:
-        return "a gradient is wanted, and it is not measured to win then"
-    return not_hopper(device) or dispatch.unmeasured_rows(_rows(outer))
-
-
-def _rows(outer: Product) -> int | None:
-    """The product's rows, or None when their number is not static."""
-    x = tensor(outer.input)
-    assert x is not None
-    sizes = [static_int(size) for size in x.shape[:-1]]
-    return None if None in sizes else math.prod(sizes)  # type: ignore[arg-type]
-
-
-def _no_kernel(outer: Product, closure: Closure, reading: Reading, options: Options) -> str | None:
-    """Why there is no kernel for a weight, or none that is measured to win; or None."""
-    leaves: list[Any] = [tensor(leaf) for leaf in closure.leaves]
-    with torch.no_grad():
-        parts = reading.parts(leaves)
-    bias = None if outer.bias is None else tensor(outer.bias)
-    reason = dequant_linear.supports(tensor(outer.input), *parts, bias, reading.form)  # type: ignore[arg-type]
-    if reason is not None:
-        return f"no kernel: {reason}"
-    return None if options.unmeasured else dispatch.unmeasured(*parts, reading.form)

@@ -12,12 +12,8 @@ measured, all. With gradients the epilogue writes the value before the GELU, too
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
-import torch
-import torch.nn.functional as F
-from torch import nn
 from torch.fx import Node
 
 from torch_fuse.graph.activation import gelus
@@ -25,6 +21,7 @@ from torch_fuse.graph.linear import Linear
 from torch_fuse.graph.values import static_int, tensor
 from torch_fuse.kernels import linear_gelu_erf
 from torch_fuse.options import Options
+from torch_fuse.patterns import _linear_gelu_examples as examples
 from torch_fuse.patterns.linear_gelu import LinearGelu, unlike_the_op
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match
@@ -65,54 +62,7 @@ class LinearGeluErf(LinearGelu):
         return builder.call(operator.getitem, builder.call(op, *operands, result.requires_grad), 0)
 
     def spellings(self) -> Iterator[Example]:
-        for name, block in _SPELLINGS.items():
-            yield Example(name, _example(block))
+        return examples.spellings("none")
 
     def near_misses(self) -> Iterator[Example]:
-        yield Example("gradients", _example(_SPELLINGS["called"], grad=True), fuses=False)
-        for name, block in _NEAR_MISSES.items():
-            yield Example(name, _example(block), fuses=False)
-
-
-# -- examples ------------------------------------------------------------------------------------------------------
-
-Block = Callable[["_Layers", torch.Tensor], Any]
-
-
-class _Layers(nn.Module):
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.block = block
-        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
-        self.bare = nn.Linear(8, 24, bias=False)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.block(self, x)
-
-
-def _example(block: Block, grad: bool = False) -> Callable[[torch.dtype], Any]:
-    def make(dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...]]:
-        return _Layers(block).to(dtype).requires_grad_(grad), (torch.randn(2, 5, 8, dtype=dtype),)
-
-    return make
-
-
-def _written_out(x: torch.Tensor) -> torch.Tensor:
-    return x * 0.5 * (1.0 + torch.erf(x / 2**0.5))
-
-
-_SPELLINGS: dict[str, Block] = {
-    "called": lambda m, x: m.down(F.gelu(m.up(x))),
-    "written_out": lambda m, x: m.down(_written_out(m.up(x))),
-    "fp32_inside": lambda m, x: m.down(F.gelu(m.up(x).float()).to(x.dtype)),
-    "bias_added_later": lambda m, x: m.down(F.gelu(x @ m.bare.weight.T + m.up.bias)),
-    "views_around": lambda m, x: m.down(F.gelu(m.up(x).view(-1, 24)).view(2, 5, 24)),
-}
-_NEAR_MISSES: dict[str, Block] = {
-    "tanh": lambda m, x: m.down(F.gelu(m.up(x), approximate="tanh")),
-    "no_bias": lambda m, x: m.down(F.gelu(m.bare(x))),
-    "read_before_the_gelu": lambda m, x: (lambda y: m.down(F.gelu(y)) + y.mean())(m.up(x)),
-    "scaled_between": lambda m, x: m.down(F.gelu(m.up(x) * 2)),
-    "written_between": lambda m, x: m.down(F.gelu(m.up(x).mul_(2))),
-    "gated": lambda m, x: m.down(F.gelu(m.up(x)) * m.bare(x)),
-}
+        return examples.near_misses("none")

@@ -26,7 +26,8 @@ from torch.fx import Node
 
 from torch_fuse._compat import no_guards
 from torch_fuse.graph.attention import unrepeated_heads
-from torch_fuse.graph.index_expr import DIM, loads
+from torch_fuse.graph.index_choices import loads
+from torch_fuse.graph.index_views import DIM
 from torch_fuse.graph.mask import Mask
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor, value

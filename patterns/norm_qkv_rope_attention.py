@@ -24,7 +24,8 @@ from torch.fx import Node, map_arg
 from torch_fuse.graph.attention import expanded_heads
 from torch_fuse.graph.cache import appended
 from torch_fuse.graph.calls import call_of
-from torch_fuse.graph.heads import Axes, Heads, match_heads
+from torch_fuse.graph.head_layout import Axes
+from torch_fuse.graph.heads import Heads, match_heads
 from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.unrotated import joins_samples, not_understood
 from torch_fuse.graph.values import equal, size_hint, static_int, tensor

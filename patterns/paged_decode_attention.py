@@ -49,6 +49,7 @@ class PagedDecodeAttention(Pattern):
         if not few_queries(attention):
             raise Kept(f"more than {MAX_QUERIES} queries read the paged cache, or a number that is not static", anchor)
         _check(attention, keys, values, key_heads, value_heads, view)
+        assert attention.mask is not None
         region = frozenset({anchor, *key_nodes, *value_nodes, *keys.nodes, *values.nodes})
         inputs = (attention.query, keys.cache, values.cache, keys.table, values.table, attention.mask)
         bindings = {"attention": attention, "keys": keys, "values": values}

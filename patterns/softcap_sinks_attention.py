@@ -44,7 +44,7 @@ from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.product import Operand
 from torch_fuse.graph.score_bias import EXCLUDING, excluded_value, is_moderate, read_by_proofs
 from torch_fuse.graph.score_mask import check_low
-from torch_fuse.graph.score_walk import Factor
+from torch_fuse.graph.score_steps import Factor
 from torch_fuse.graph.values import equal, same_shape, size_hint, static_int, tensor, value
 from torch_fuse.graph.written_attention import WrittenOut
 from torch_fuse.kernels import masked_attention

@@ -17,7 +17,7 @@ from torch_fuse import Options
 from torch_fuse.kernels import _dequant_dispatch as dispatch
 from torch_fuse.kernels import dequant_linear
 from torch_fuse.kernels._measured import not_hopper
-from torch_fuse.patterns import dequant_linear as pattern
+from torch_fuse.patterns import _dequant_refusals
 from torch_fuse.patterns._dequant_examples import Quantised
 
 SIZE = 32  # of the square weights: an axis taken for the other one is no error of shapes
@@ -139,7 +139,7 @@ def _layer(form: str, dtype: torch.dtype = torch.float16) -> nn.Module:
 def test_only_what_is_measured_to_win_fires_by_default(
     form: str, rows: tuple[int, ...], reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pattern, "not_hopper", lambda device: None)
+    monkeypatch.setattr(_dequant_refusals, "not_hopper", lambda device: None)
     monkeypatch.setattr(dequant_linear, "supports_device", lambda device: None)
     monkeypatch.setattr(dequant_linear, "supports", lambda *args: None)
     monkeypatch.setattr(dispatch.few, "MISSING", "")

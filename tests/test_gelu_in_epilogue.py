@@ -9,7 +9,8 @@ from harness import Rewriter, compare, rewritten
 from torch import nn
 
 from torch_fuse import Options
-from torch_fuse.patterns.linear_gelu import _NEAR_MISSES, LinearGelu
+from torch_fuse.patterns._linear_gelu_examples import near_misses
+from torch_fuse.patterns.linear_gelu import LinearGelu
 from torch_fuse.rewrite.engine import rewrite
 from torch_fuse.rewrite.registry import patterns
 
@@ -44,7 +45,7 @@ def test_a_spelling_leaves_neither_gelu_nor_the_value_before_it(name: str) -> No
     assert called.count("linear") == 1  # the one behind it
 
 
-@pytest.mark.parametrize("name", _NEAR_MISSES)
+@pytest.mark.parametrize("name", [example.name for example in near_misses("tanh") if example.name != "gradients"])
 def test_a_near_miss_does_not_fire_and_agrees(name: str) -> None:
     (example,) = (example for example in LinearGelu().near_misses() if example.name == name)
     result = compare(*example.make(torch.float32), grad=False)

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from harness import Comparison, Rewriter, compare, rewritten
 from torch import Tensor, nn
 
-from torch_fuse.patterns._rope_examples import half, rms
+from torch_fuse.patterns._rope_examples import rms
+from torch_fuse.patterns._rotations import half
 
 PATTERN = "norm_qkv_rope_attention"
 B, S, H, D = 2, 6, 2, 8

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from in_interpreter import passes_in_interpreter
+from poisoning import poison_new_tensors
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
@@ -65,15 +66,8 @@ def assert_no_worse(tensors: list[Tensor], is_causal: bool, scale: float | None 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results start as NaN: an element nobody writes shows."""
-    new_empty = torch.Tensor.new_empty
-
-    def poison(self: Tensor, *args, **kwargs) -> Tensor:
-        out = new_empty(self, *args, **kwargs)
-        fake = isinstance(out, torch._subclasses.FakeTensor | torch._subclasses.functional_tensor.FunctionalTensor)
-        return out if fake else out.fill_(float("nan"))
-
     if _ops.INTERPRETED or DEVICE == "cuda":
-        monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+        poison_new_tensors(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from in_interpreter import passes_in_interpreter
+from poisoning import poison_new_tensors
 
 from torch_fuse.kernels import _ops
 from torch_fuse.kernels import gated_residual_norm_backward as backward_module
@@ -164,15 +165,8 @@ def assert_no_worse(some: Case, dtype: torch.dtype) -> None:
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results and partial sums start as NaN: an element nobody writes shows."""
-    new_empty = torch.Tensor.new_empty
-
-    def poison(self: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        out = new_empty(self, *args, **kwargs)
-        fake = isinstance(out, torch._subclasses.FakeTensor | torch._subclasses.functional_tensor.FunctionalTensor)
-        return out if fake or not out.is_floating_point() else out.fill_(float("nan"))
-
     if _ops.INTERPRETED or DEVICE == "cuda":
-        monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+        poison_new_tensors(monkeypatch)
 
 
 @settings(max_examples=25 if _ops.INTERPRETED else 80, deadline=None, derandomize=True,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_interpreter import passes_in_interpreter
+from poisoning import poison_new_tensors
 from torch import Tensor
 
 from torch_fuse.kernels import _ops
@@ -109,15 +109,8 @@ def assert_no_worse(
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results start as NaN: an element nobody writes shows."""
-    new_empty = torch.Tensor.new_empty
-
-    def poison(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = new_empty(self, *args, **kwargs)
-        fake = isinstance(out, torch._subclasses.FakeTensor | torch._subclasses.functional_tensor.FunctionalTensor)
-        return out if fake or not out.is_floating_point() else out.fill_(float("nan"))
-
     if _ops.INTERPRETED or DEVICE == "cuda":
-        monkeypatch.setattr(torch.Tensor, "new_empty", poison)
+        poison_new_tensors(monkeypatch)
 
 
 KEEPS = ["none", "all", "right", "left", "holes", "one_row_for_all", "nothing"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,8 +10,9 @@ import torch
 from torch.fx import Node, map_arg
 
 from torch_fuse._compat import FakeTensorMode, no_guards
-from torch_fuse.graph.calls import Call, call_of
+from torch_fuse.graph.calls import call_of
 from torch_fuse.graph.effects import Order
+from torch_fuse.graph.head_layout import Axes, ends_trace, replaceable, undone, walk_layout
 from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.norm import Norm, last_dim, match_norm, strip_casts
 from torch_fuse.graph.rope import Rope, match_rope
@@ -20,7 +21,6 @@ from torch_fuse.graph.values import equal, same_shape, static_int, tensor, value
 _VIEWS = ("transpose", "permute", "view", "reshape", "unflatten", "flatten")
 
 Scope = Literal["head", "full"]
-Axes = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def match_heads(node: Node, order: Order, mode: FakeTensorMode | None, tables: C
         source, offset, inside = rope.source, rope.offset, set(rope.nodes)
         if axes[3] != 3:
             raise Miss("the rotary embedding does not act on the head dimension", top)
-    at = _replaceable(chain, inside)
+    at = replaceable(chain, inside)
     result, result_axes = chain[at]
     inside |= {step for step, _ in chain[at:]}
     head_dim = static_int(found.shape[axes[3]])
@@ -121,7 +121,7 @@ def _all_heads_as_one(node: Node, axes: Axes, order: Order, tables: Collection[N
     if axes != (0, 2, 1, 3) or width is None or not same_shape(source.shape[:2], found.shape[:2]):  # type: ignore[union-attr]
         return None
     try:
-        rope = match_rope(call["input"], order, _ends_trace, tables)
+        rope = match_rope(call["input"], order, ends_trace, tables)
     except Miss:
         return None
     if rope is None:
@@ -132,11 +132,6 @@ def _all_heads_as_one(node: Node, axes: Axes, order: Order, tables: Collection[N
     )  # fmt: skip
 
 
-def _ends_trace(node: Node) -> bool:
-    """Whether a node is a norm; a cast of one is not, for both may be read."""
-    return strip_casts(node) is node and match_norm(node) is not None
-
-
 def _rotation(
     node: Node, axes: Axes, order: Order, tables: Collection[Node]
 ) -> tuple[list[tuple[Node, Axes]], Axes, Rope | None]:
@@ -145,12 +140,12 @@ def _rotation(
     What is done to rotated values in every lane alike stays where it is: the chain then starts below it. Without a
     rotation, the chain is that of `node`.
     """
-    chain, lowest = _walk_layout(node, axes)
+    chain, lowest = walk_layout(node, axes)
     top = chain[-1][0]
-    rope = match_rope(top, order, _ends_trace, tables)
+    rope = match_rope(top, order, ends_trace, tables)
     if rope is not None:
         return chain, lowest, rope
-    for inner in _undone(top, lowest):
+    for inner in undone(top, lowest):
         below = _rotation(inner, lowest, order, tables)
         if below[2] is None:
             continue
@@ -158,90 +153,6 @@ def _rotation(
             raise Kept("the norm comes after the rotary embedding: Inductor does both in one kernel", top)
         return below
     return chain, lowest, None
-
-
-def _undone(node: Node, axes: Axes) -> list[Node]:
-    """What `node` makes of rotated values without touching single lanes: the operands that may be such values.
-
-    Scaling, repeating heads, joining and cutting the sequence, and a norm, whose order matters.
-    """
-    norm = match_norm(node)
-    if norm is not None:
-        return [norm.input] if _is_4d(norm.input) else []
-    call = call_of(node)
-    found = tensor(node)
-    if call is None or call.inplace or found is None:
-        return []
-    if call.op in ("mul", "div"):
-        sides = [call["input"], call["other"]] if call.op == "mul" else [call["input"]]
-        for side in sides:
-            other = call["other"] if side is call["input"] else call["input"]
-            scale = tensor(other)
-            per_lane = scale is not None and scale.dim() > 0 and not equal(scale.shape[-1], 1)
-            if axes[3] == 3 and not per_lane and _is_4d(side) and same_shape(tensor(side).shape, found.shape):  # type: ignore[union-attr]
-                return [side]
-    if call.op == "repeat" and isinstance(call["repeats"], (list, tuple)) and len(call["repeats"]) == 4:
-        repeated = [axis for axis, n in enumerate(call["repeats"]) if n != 1]
-        return [call["input"]] if repeated == [axes[1]] and _is_4d(call["input"]) else []
-    if call.op == "getitem" and isinstance(call["index"], tuple) and len(call["index"]) == 4:
-        sliced = [axis for axis, part in enumerate(call["index"]) if part != slice(None)]
-        return [call["input"]] if sliced == [axes[2]] and _is_4d(call["input"]) and _is_4d(node) else []
-    if call.op == "cat" and isinstance(call["tensors"], (list, tuple)) and isinstance(call["dim"], int):
-        return [part for part in call["tensors"] if call["dim"] % 4 == axes[2] and _is_4d(part)]
-    return []
-
-
-def _is_4d(node: object) -> bool:
-    found = tensor(node)
-    return found is not None and found.dim() == 4
-
-
-def _walk_layout(node: Node, axes: Axes) -> tuple[list[tuple[Node, Axes]], Axes]:
-    """The nodes from `node` back over transposes, casts and copies, each with its axes of (b, h, s, d)."""
-    chain = [(node, axes)]
-    while not _ends_trace(node):
-        call = call_of(node)
-        step = None if call is None or call.inplace else _layout_step(call, node, axes)
-        if step is None:
-            break
-        node, axes = step
-        chain.append((node, axes))
-    return chain, axes
-
-
-def _layout_step(call: Call, node: Node, axes: Axes) -> tuple[Node, Axes] | None:
-    source = call.args.get("input")
-    found = tensor(source)
-    if found is None or found.dim() != 4 or not isinstance(source, Node):
-        return None
-    if call.op == "transpose":
-        swap = {call["dim0"] % 4: call["dim1"] % 4, call["dim1"] % 4: call["dim0"] % 4}
-        return source, _axes(swap.get(a, a) for a in axes)
-    if call.op == "permute":
-        return source, _axes(call["dims"][a] % 4 for a in axes)
-    if call.op in ("contiguous", "clone"):
-        return source, axes
-    if call.op == "cast":
-        return (source, axes) if strip_casts(node) is not node else None
-    if call.op in ("view", "reshape", "expand") and same_shape(value(source).shape, value(node).shape):
-        return source, axes
-    return None
-
-
-def _axes(values: Iterable[int]) -> Axes:
-    a, b, c, d = values
-    return a, b, c, d
-
-
-def _replaceable(chain: list[tuple[Node, Axes]], inside: set[Node]) -> int:
-    """Where in the chain to replace: the node nearest to attention below which nobody else reads.
-
-    The stores that fill a value are among `inside` and do not count as readers.
-    """
-    at = len(chain) - 1
-    while at > 0 and len(set(chain[at][0].users) - inside) <= 1:
-        at -= 1
-    return at
 
 
 def _with_norm(heads: Heads, mode: FakeTensorMode | None) -> Heads | None:

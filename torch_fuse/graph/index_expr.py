@@ -15,6 +15,7 @@ from sympy.core.function import AppliedUndef
 from torch.fx import Node
 
 from torch_fuse.graph.calls import Call, call_of
+from torch_fuse.graph.index_choices import cases_of, choice_of, holds_all, is_exact, loads
 from torch_fuse.graph.index_views import DIM, Views, constant, is_bool, size_expr
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import equal, tensor, value
@@ -29,60 +30,11 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "floordiv": lambda a, b: sympy.floor(a / b),
 }
 _LOGIC: dict[str, Callable[..., Any]] = {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor}
-# Up to which number types hold whole numbers exactly; smaller types wrap or round at usual lengths.
-_EXACT = {torch.int32: 2**31, torch.int64: 2**63, torch.float32: 2**24, torch.float64: 2**53}
-_LONGEST = 2**20  # a size that is not known is taken to be at most this
 _CONSTANTS = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
-
-
-def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether an integer type holds all values of another type of integers or truth values."""
-    if wide == narrow or narrow == torch.bool:
-        return True
-    if wide.is_floating_point or narrow.is_floating_point or wide == torch.bool:
-        return False
-    outer, inner = torch.iinfo(wide), torch.iinfo(narrow)
-    return outer.min <= inner.min and inner.max <= outer.max
-
-
-def _is_exact(element: Any, found: torch.Tensor) -> bool:
-    """Whether a tensor's type holds what its indices say; choices between numbers are not looked at."""
-    if found.dtype == torch.bool or isinstance(element, sympy.Piecewise) or not element.free_symbols & set(DIM):
-        return True
-    if found.dtype not in _EXACT or loads(element):
-        return found.dtype in _EXACT
-    sizes = {DIM[d]: size for d, size in enumerate(found.shape) if isinstance(size, int)}
-    longest = {symbol: sizes.get(symbol, _LONGEST) for symbol in element.free_symbols}
-    terms = (term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(element)))
-    largest = sum(abs(number) * abs(rest.subs(longest)) for number, rest in terms)
-    return bool(largest < _EXACT[found.dtype])
-
-
-def _choice(condition: Any, chosen: Any, other: Any) -> sympy.Piecewise:
-    """`chosen` where a condition holds, else `other`; choices among choices become one."""
-    first = [(x, sympy.And(condition, c)) for x, c in _cases(chosen)]
-    return sympy.Piecewise(*first, *(other.args if isinstance(other, sympy.Piecewise) else [(other, sympy.true)]))
-
-
-def _cases(element: Any) -> list[tuple[Any, Any]]:
-    """Each value with the condition under which it is taken, of which one holds everywhere; zeros, which keep, first.
-
-    What a mask keeps is then the condition of the first value, without that no other one holds.
-    """
-    cases, taken = [], sympy.false
-    for number, condition in element.args if isinstance(element, sympy.Piecewise) else [(element, sympy.true)]:
-        cases.append((number, sympy.And(condition, sympy.Not(taken))))
-        taken = sympy.Or(taken, condition)
-    return sorted(cases, key=lambda case: case[0] != 0)
 
 
 def _name(node: Node) -> str:
     return node.name.removeprefix("l_").removeprefix("kwargs_").strip("_")
-
-
-def loads(expr: Any) -> set[AppliedUndef]:
-    """The runtime values that an element depends on."""
-    return expr.atoms(AppliedUndef)
 
 
 @dataclass
@@ -113,7 +65,7 @@ class IndexTrace(Views):
             self.nodes.add(node)
             try:
                 element = self._element(node, found)
-                if not _is_exact(element, found):
+                if not is_exact(element, found):
                     raise Miss(f"the mask is computed with indices in {found.dtype}, which may wrap or round", node)
             except Miss as miss:
                 element = self._load(node, found, miss)
@@ -218,7 +170,7 @@ class IndexTrace(Views):
 
     def _sum_of_choices(self, node: Node, a: sympy.Piecewise, b: sympy.Piecewise) -> Any:
         """A causal mask plus a padding mask; a mask that keeps what both keep has its zeros first."""
-        sums = [(x + y, sympy.And(c, d)) for x, c in _cases(a) for y, d in _cases(b)]
+        sums = [(x + y, sympy.And(c, d)) for x, c in cases_of(a) for y, d in cases_of(b)]
         if len(sums) > 9 or any(not number.is_number for number, _ in sums):
             raise Miss("the mask is computed with add of two choices", node)
         sums.sort(key=lambda case: case[0] != 0)
@@ -246,7 +198,7 @@ class IndexTrace(Views):
             return sympy.Piecewise((sympy.Integer(1), element), (sympy.Integer(0), True))
         if source.dtype.is_floating_point and not found.dtype.is_floating_point:
             raise Miss("the mask rounds to integers", node)
-        if loads(element) and not isinstance(element, sympy.Piecewise) and not _holds(found.dtype, source.dtype):
+        if loads(element) and not isinstance(element, sympy.Piecewise) and not holds_all(found.dtype, source.dtype):
             load = min(loads(element), key=str)
             if found.dtype.is_floating_point and self.is_input(load):
                 name = self.shown(load)
@@ -285,7 +237,7 @@ class IndexTrace(Views):
             return sympy.Or(sympy.And(condition, chosen), sympy.And(sympy.Not(condition), other))
         if is_bool(chosen) or is_bool(other):
             raise Miss("the mask chooses between a boolean and a number", node)
-        return _choice(condition, chosen, other)
+        return choice_of(condition, chosen, other)
 
     def _masked_fill(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         condition = self._operand(call["mask"], found)
@@ -293,7 +245,7 @@ class IndexTrace(Views):
         if found.dtype == torch.bool:
             filled = sympy.true if filled not in (0, sympy.false) else sympy.false
             return sympy.Or(sympy.And(condition, filled), sympy.And(sympy.Not(condition), kept))
-        return _choice(condition, filled, kept)
+        return choice_of(condition, filled, kept)
 
     def _tril(self, node: Node, call: Call, found: torch.Tensor) -> Any:
         i, j = DIM[found.dim() - 2], DIM[found.dim() - 1]
@@ -304,7 +256,7 @@ class IndexTrace(Views):
         element = self.trace(call["input"])
         if is_bool(element):
             return sympy.And(inside, element)
-        return _choice(inside, element, sympy.Integer(0))
+        return choice_of(inside, element, sympy.Integer(0))
 
     _triu = _tril
 

@@ -8,9 +8,8 @@ are run on small integer tensors that stand for "lane i of that leaf". What come
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,15 +17,17 @@ from torch.fx import Node
 
 from torch_fuse.graph.calls import Call, call_of
 from torch_fuse.graph.effects import Order
-from torch_fuse.graph.lane_terms import LEAF, MAX_TERMS, Lanes, Term, broadcast, merged, nothing, stacked, times
+from torch_fuse.graph.lane_arithmetic import LaneArithmetic
+from torch_fuse.graph.lane_dims import dim_of_lanes, index_of_lanes, static_sizes
+from torch_fuse.graph.lane_terms import LEAF, Lanes, Term, broadcast, merged, nothing, stacked
 from torch_fuse.graph.miss import Miss
-from torch_fuse.graph.values import keeps_reals, same_shape, static_int, tensor, value
+from torch_fuse.graph.values import keeps_reals, same_shape, tensor, value
 
 _UNWRITTEN = -1
 
 
 @dataclass
-class LaneTrace:
+class LaneTrace(LaneArithmetic):
     """Evaluates nodes to sums of terms over leaves.
 
     Attributes:
@@ -66,7 +67,7 @@ class LaneTrace:
         found = tensor(node)
         if found is None or found.dim() < rank or not (found.dtype.is_floating_point or found.is_complex()):
             raise Miss(f"{node.name} is not a floating-point tensor of at least {rank} dimensions", node)
-        shape = _static(found.shape[found.dim() - rank :])
+        shape = static_sizes(found.shape[found.dim() - rank :])
         if shape is None:
             raise Miss(f"the head dimension of {node.name} is not static", node)
         if found.is_complex():
@@ -120,88 +121,18 @@ class LaneTrace:
             return self._along(node, call, rank)
         return None
 
-    def _rank_of(self, node: Any, rank: int) -> int:
-        found = tensor(node)
-        return rank if found is None else min(rank, found.dim())
-
     def _cast(self, source: Any, node: Node, rank: int) -> Lanes | None:
         found, result = tensor(source), tensor(node)
         if found is None or result is None or not keeps_reals(found, result):
             return None
         return self.trace(source, rank)
 
-    def _sum(self, call: Call, rank: int, sign: int) -> Lanes | None:
-        left, right = call["input"], call["other"]
-        if tensor(left) is None or tensor(right) is None:
-            return None
-        second = [Term(sign * t.sign, t.a, t.b) for t in self.trace(right, self._rank_of(right, rank))]
-        terms = [*self.trace(left, self._rank_of(left, rank)), *second]
-        return merged(broadcast(terms))
-
-    def _reduced(self, node: Node, call: Call, rank: int) -> Lanes | None:
-        """The sum over a short dimension among the last ones: of a matrix's rows times a pair, say."""
-        found, result = tensor(call["input"]), tensor(node)
-        dims = call["dim"] if isinstance(call["dim"], (list, tuple)) else [call["dim"]]
-        if found is None or result is None or call["keepdim"] or len(dims) != 1 or result.dtype != found.dtype:
-            return None
-        dim = _lane_dim(dims[0], found.dim(), rank + 1)
-        count = None if dim is None else static_int(found.shape[dims[0]])
-        if dim is None or count is None or count > MAX_TERMS:
-            return None
-        terms = broadcast(self.trace(call["input"], rank + 1))
-        return merged([t.map(partial(torch.select, dim=dim, index=i)) for i in range(count) for t in terms])
-
-    def _product(self, call: Call, rank: int) -> Lanes | None:
-        left, right = call["input"], call["other"]
-        for side, sign in ((left, right), (right, left)):
-            if isinstance(sign, (int, float)) and sign in (1, -1) and (call.op == "mul" or sign is right):
-                return [Term(int(sign) * t.sign, t.a, t.b) for t in self.trace(side, rank)]
-        if call.op == "div" or tensor(left) is None or tensor(right) is None:
-            return None
-        first, second = (self.trace(side, self._rank_of(side, rank)) for side in (left, right))
-        terms = times(first, second)
-        return None if terms is None else merged(broadcast(terms))
-
-    def _addcmul(self, call: Call, rank: int) -> Lanes | None:
-        """input + value * tensor1 * tensor2"""
-        parts = [call[name] for name in ("input", "tensor1", "tensor2")]
-        if call["value"] not in (1, -1) or any(tensor(part) is None for part in parts):
-            return None
-        added, first, second = (self.trace(part, self._rank_of(part, rank)) for part in parts)
-        product = times(first, second)
-        if product is None:
-            return None
-        return merged(broadcast([*added, *(Term(int(call["value"]) * t.sign, t.a, t.b) for t in product)]))
-
-    def _complex(self, call: Call, result: torch.Tensor, rank: int) -> Lanes | None:
-        """The terms of a complex value, which have a last dimension (real, imaginary) more."""
-        if call.op == "view_as_complex":
-            return self.trace(call["input"], rank + 1)
-        if call.op in ("cast", "contiguous", "clone"):
-            source = tensor(call["input"])
-            same = source is not None and (source.dtype, source.device) == (result.dtype, result.device)
-            return self.trace(call["input"], rank) if same else None
-        if call.op == "complex":
-            parts = [self.trace(call[name], rank) for name in ("real", "imag")]
-            return merged(stacked(parts, -1)) if all(parts) else None
-        sides = [tensor(call.args.get(name)) for name in ("input", "other")]
-        if call.op != "mul" or any(side is None or not side.is_complex() for side in sides):
-            return None
-        x, y = (self.trace(call[name], self._rank_of(call[name], rank)) for name in ("input", "other"))
-        (a, b), (c, d) = ([_component(z, i) for i in (0, 1)] for z in (x, y))
-        products = [times(*pair) for pair in ((a, c), (b, d), (a, d), (b, c))]
-        if any(product is None for product in products):
-            return None
-        ac, bd, ad, bc = (product or [] for product in products)
-        real = merged(broadcast([*ac, *(Term(-t.sign, t.a, t.b) for t in bd)]))
-        return merged(stacked([real, merged(broadcast([*ad, *bc]))], -1))
-
     def _expand(self, source: Any, node: Node, rank: int) -> Lanes | None:
         """Repetition of dimensions of size 1; those before the last `rank` stay aligned from the right."""
         found, result = tensor(source), tensor(node)
         if found is None or result is None or found.is_complex():
             return None
-        shape = _static(result.shape[result.dim() - rank :])
+        shape = static_sizes(result.shape[result.dim() - rank :])
         if shape is None:
             return None
         return [t.map(lambda x: x.expand(shape)) for t in broadcast(self.trace(source, min(rank, found.dim())))]
@@ -213,7 +144,7 @@ class LaneTrace:
         outer = result.dim() - rank
         if outer > found.dim() - 1 or not same_shape(found.shape[:outer], result.shape[:outer]):
             return None
-        shape = _static(result.shape[outer:])
+        shape = static_sizes(result.shape[outer:])
         if shape is None:
             return None
         return [t.map(lambda x: x.reshape(shape)) for t in broadcast(self.trace(source, found.dim() - outer))]
@@ -227,7 +158,7 @@ class LaneTrace:
         if found is None or result is None:
             return None
         outer = result.dim() - rank
-        lane_index = _lane_index(index, found.dim(), outer)
+        lane_index = index_of_lanes(index, found.dim(), outer)
         if lane_index is None or outer >= found.dim():
             return None
         return [t.map(lambda x: x[lane_index]) for t in broadcast(self.trace(source, found.dim() - outer))]
@@ -241,7 +172,7 @@ class LaneTrace:
         if found is None or result is None:
             return None
         inner = rank + 1 if call.op == "unbind" else rank
-        dim = _lane_dim(call["dim"], found.dim(), inner)
+        dim = dim_of_lanes(call["dim"], found.dim(), inner)
         if dim is None:
             return None
         terms = broadcast(self.trace(source, inner))
@@ -258,7 +189,7 @@ class LaneTrace:
         result = tensor(node)
         if result is None or not isinstance(parts, (list, tuple)):
             return None
-        dim = _lane_dim(call["dim"], result.dim(), rank)
+        dim = dim_of_lanes(call["dim"], result.dim(), rank)
         if dim is None:
             return None
         inner = rank - 1 if call.op == "stack" else rank
@@ -278,11 +209,11 @@ class LaneTrace:
         if call.op == "repeat":
             return self._repeat(source, call["repeats"], rank)
         if call.op == "unsqueeze":
-            dims = [_lane_dim(call["dim"], found.dim() + 1, rank)]
+            dims = [dim_of_lanes(call["dim"], found.dim() + 1, rank)]
         elif call.op == "transpose":
-            dims = [_lane_dim(call[name], found.dim(), inner) for name in ("dim0", "dim1")]
+            dims = [dim_of_lanes(call[name], found.dim(), inner) for name in ("dim0", "dim1")]
         else:
-            dims = [None if call["dim"] is None else _lane_dim(call["dim"], found.dim(), inner)]
+            dims = [None if call["dim"] is None else dim_of_lanes(call["dim"], found.dim(), inner)]
         if any(dim is None for dim in dims) or found.dim() < inner or inner < 1:
             return None
         arguments = {
@@ -322,13 +253,13 @@ class LaneTrace:
                 raise Miss(f"{node.name} is read before it is filled", user)
         result = tensor(node)
         assert result is not None
-        shape = _static(result.shape[result.dim() - rank :])
+        shape = static_sizes(result.shape[result.dim() - rank :])
         if shape is None:
             return None
         blank = torch.full(shape, _UNWRITTEN, device="cpu")
         terms = [Term(blank.clone(), blank.clone(), blank.clone())]
         for store in sorted(stores, key=self.order.index.__getitem__):
-            index = _lane_index(store.args[1], result.dim(), result.dim() - rank)
+            index = index_of_lanes(store.args[1], result.dim(), result.dim() - rank)
             stored = tensor(store.args[2])
             if index is None or stored is None or not isinstance(store.args[2], Node):
                 raise Miss(f"{store.name} does not store along the head dimension", store)
@@ -345,38 +276,4 @@ class LaneTrace:
         return merged(terms)
 
 
-def _component(terms: Lanes, index: int) -> Lanes:
-    """The real (0) or imaginary (1) part of a complex value."""
-    return [t.map(lambda x: x[..., index]) for t in terms]
-
-
 _PARTS = ("chunks", "split_size_or_sections", "indices_or_sections")
-
-
-def _static(sizes: Iterable[Any]) -> list[int] | None:
-    found = [static_int(size) for size in sizes]
-    return None if None in found else [size for size in found if size is not None]
-
-
-def _lane_dim(dim: Any, ndim: int, rank: int) -> int | None:
-    """`dim` of a tensor as a dimension of its last `rank` ones, or None when it is an outer dimension."""
-    if not isinstance(dim, int):
-        return None
-    lane = (dim % ndim) - (ndim - rank)
-    return lane if lane >= 0 else None
-
-
-def _lane_index(index: Any, ndim: int, outer: int) -> tuple[Any, ...] | None:
-    """The part of an index that acts on the dimensions from `outer` on; None when it touches the others."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if any(not (part is Ellipsis or isinstance(part, (slice, int))) for part in parts):
-        return None
-    if any(isinstance(x, Node) for p in parts if isinstance(p, slice) for x in (p.start, p.stop, p.step)):
-        return None
-    if Ellipsis in parts:
-        at = parts.index(Ellipsis)
-        parts = (*parts[:at], *[slice(None)] * (ndim - len(parts) + 1), *parts[at + 1 :])
-    parts = (*parts, *[slice(None)] * (ndim - len(parts)))
-    if any(part != slice(None) for part in parts[:outer]):
-        return None
-    return tuple(parts[outer:])

@@ -20,7 +20,7 @@ from torch_fuse.graph.mask import match_kept_keys
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.norm import strip_casts
 from torch_fuse.graph.score_bias import EXCLUDING, MODERATE, excluded_value, is_moderate, read_by_proofs
-from torch_fuse.graph.score_walk import Fill, Term
+from torch_fuse.graph.score_steps import Fill, Term
 from torch_fuse.graph.values import tensor
 from torch_fuse.graph.written_attention import WrittenOut
 

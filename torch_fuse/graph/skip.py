@@ -13,34 +13,17 @@ from typing import Any, Literal
 from torch.fx import Node
 
 from torch_fuse.graph.calls import call_of
-from torch_fuse.graph.linear import Linear, from_linear
+from torch_fuse.graph.linear import Linear
 from torch_fuse.graph.miss import Kept, Miss
 from torch_fuse.graph.modulate import broadcasts, only_cast, sole_user
-from torch_fuse.graph.norm import strip_casts
-from torch_fuse.graph.residual import Factors, Weighted, factors_of, match_residual
-from torch_fuse.graph.values import equal, same_shape, tensor
+from torch_fuse.graph.residual import Weighted, factors_of, match_residual
+from torch_fuse.graph.skip_sides import Coefficient, Side, lerp_end, scale_of, summand_of
+from torch_fuse.graph.values import equal, tensor
 
 Mode = Literal["sum", "lerp", "lerp_back", "step", "step_back"]
 
 # Products and casts between a difference and the sum that it is a step of.
 _MOST_BETWEEN = 4
-
-
-@dataclass(frozen=True)
-class Coefficient:
-    """number * factors, of which the inverted ones divide."""
-
-    number: float = 1.0
-    factors: tuple[tuple[Node, bool], ...] = ()
-
-    @property
-    def is_one(self) -> bool:
-        """Whether nothing is multiplied."""
-        return self.number == 1 and not self.factors
-
-    def times(self, other: Coefficient) -> Coefficient:
-        """The product of two."""
-        return Coefficient(self.number * other.number, self.factors + other.factors)
 
 
 @dataclass(frozen=True)
@@ -64,16 +47,6 @@ class Skip:
     a: Coefficient
     b: Coefficient
     mode: Mode
-    nodes: frozenset[Node]
-
-
-@dataclass(frozen=True)
-class _Side:
-    """A summand as coefficient * node; the linear layer behind it, where it is one, and the views between."""
-
-    node: Node
-    coefficient: Coefficient
-    linear: Linear | None
     nodes: frozenset[Node]
 
 
@@ -101,7 +74,7 @@ def match_skip(total: Node, projected: Collection[Node]) -> Skip | None:
         residual = match_residual(total)
         if residual is None or len(residual.terms) != 2:
             return None
-        sides = [_side(factors_of(term), total, projected) for term in residual.terms]
+        sides = [summand_of(factors_of(term), total, projected) for term in residual.terms]
         if sides[0] is None or sides[1] is None:
             if not any(reads_projected(term, projected) for term in residual.terms):
                 return None
@@ -143,69 +116,18 @@ def reads_projected(term: Weighted, projected: Collection[Node]) -> bool:
 
 
 def _lerp(total: Node, start: Any, end: Any, weight: Any,
-          projected: Collection[Node]) -> tuple[_Side, _Side, Coefficient, Mode] | None:  # fmt: skip
+          projected: Collection[Node]) -> tuple[Side, Side, Coefficient, Mode] | None:  # fmt: skip
     """The sides of lerp(start, end, weight), the linear layer second."""
     factor = Coefficient(float(weight)) if isinstance(weight, (int, float)) else Coefficient(1.0, ((weight, False),))
     if factor.factors and not broadcasts(weight, total):
         return None
-    sides = [_whole(node, total, projected) for node in (start, end)]
+    sides = [lerp_end(node, total, projected) for node in (start, end)]
     if sides[1].linear is not None:
         return sides[0], sides[1], factor, "lerp"
     return sides[1], sides[0], factor, "lerp_back"
 
 
-def _whole(node: Node, total: Node, projected: Collection[Node]) -> _Side:
-    """An end of a lerp."""
-    steps: set[Node] = set()
-    inner = strip_casts(node, steps)
-    before = _from_projected(inner, steps | {total}, projected)
-    if before is None:
-        return _Side(inner, Coefficient(), None, frozenset(steps))
-    return _Side(inner, Coefficient(), before[0], frozenset({*steps, *before[1]}))
-
-
-def _side(factors: Factors | None, total: Node, projected: Collection[Node]) -> _Side | None:
-    """A summand: of its leaves of full shape one is the value, the projection where there is one."""
-    if factors is None:
-        return None
-    full = [leaf for leaf, divides in factors.leaves if not divides and _is_full(leaf, total)]
-    found = None
-    for leaf in full:
-        found = _from_projected(leaf, {*factors.nodes, total}, projected)
-        if found is not None:
-            break
-    if not full:
-        return None
-    chosen = leaf if found is not None else full[0]
-    rest = list(factors.leaves)
-    rest.remove((chosen, False))
-    if not all(broadcasts(factor, total) for factor, _ in rest):
-        return None
-    coefficient = Coefficient(factors.number, tuple(rest))
-    if found is None:
-        return _Side(chosen, coefficient, None, factors.nodes)
-    return _Side(chosen, coefficient, found[0], frozenset({*factors.nodes, *found[1]}))
-
-
-def _is_full(node: Node, total: Node) -> bool:
-    small, whole = tensor(node), tensor(total)
-    return small is not None and whole is not None and same_shape(small.shape, whole.shape)
-
-
-def _from_projected(
-    node: Node, readers: Collection[Node], projected: Collection[Node]
-) -> tuple[Linear, set[Node]] | None:
-    """The linear layer behind a projected value that only these nodes read, and the nodes from it on."""
-    if node not in projected:
-        return None
-    found = from_linear(node, frozenset({*readers, *node.users}))
-    if found is None:
-        return None
-    linear, views = found
-    return linear, {*linear.nodes, *views}
-
-
-def _step(total: Node, first: _Side, second: _Side) -> tuple[Node, Coefficient, Mode, set[Node]] | None:
+def _step(total: Node, first: Side, second: Side) -> tuple[Node, Coefficient, Mode, set[Node]] | None:
     """The sum start + weight * (end - start) around a difference of the two sides, with its weight, mode and nodes."""
     numbers = (first.coefficient.number, second.coefficient.number)
     if first.coefficient.factors or second.coefficient.factors or numbers not in ((-1.0, 1.0), (1.0, -1.0)):
@@ -248,7 +170,7 @@ def _behind(total: Node) -> tuple[Node, Coefficient, set[Node]]:
             break
         if only_cast(node) is user and after.dtype.itemsize <= before.dtype.itemsize:
             pass
-        elif call.op in ("mul", "div") and (factor := _scale(call, node, user)) is not None:
+        elif call.op in ("mul", "div") and (factor := scale_of(call, node, user)) is not None:
             scale = scale.times(factor)
         else:
             break
@@ -257,19 +179,6 @@ def _behind(total: Node) -> tuple[Node, Coefficient, set[Node]]:
         if after.dtype.itemsize < 4 or (not scale.factors and abs(math.frexp(scale.number)[0]) == 0.5):
             exact = node, scale, nodes.copy()
     return exact
-
-
-def _scale(call: Any, node: Node, result: Node) -> Coefficient | None:
-    """What `result` multiplies `node` by, where that is smaller than it, or None."""
-    other = call["other"] if call["input"] is node else call["input"]
-    divides = call.op == "div"
-    if other is node or (divides and call["input"] is not node) or not _is_full(node, result):
-        return None
-    if isinstance(other, (int, float)) and not isinstance(other, bool):
-        return None if divides and other == 0 else Coefficient(1.0 / other if divides else float(other))
-    if not broadcasts(other, result) or _is_full(other, result):
-        return None
-    return Coefficient(1.0, ((other, divides),))
 
 
 def _closed(nodes: set[Node], linear: Linear, result: Node) -> frozenset[Node]:

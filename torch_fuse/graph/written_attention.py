@@ -17,7 +17,8 @@ from torch.fx import Node
 from torch_fuse.graph.calls import Call, call_of
 from torch_fuse.graph.linear import transposed_source
 from torch_fuse.graph.product import Operand, Product, match_product
-from torch_fuse.graph.score_walk import Cap, Factor, Fill, Term, Walk, alike, weights_of
+from torch_fuse.graph.score_steps import Cap, Factor, Fill, Term, Walk
+from torch_fuse.graph.score_walk import alike, weights_of
 from torch_fuse.graph.values import equal, same_shape, tensor, value
 
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
-from torch_fuse.graph.calls import call_of
-from torch_fuse.graph.effects import is_hoistable, transforms
+from torch_fuse.graph.effects import transforms
 from torch_fuse.graph.miss import Miss
 from torch_fuse.graph.values import describe_shape, location, tensor, value
 from torch_fuse.options import Options
 from torch_fuse.report import GraphReport, Site, Status
 from torch_fuse.rewrite.builder import Builder, check_same_meta, same_strides
 from torch_fuse.rewrite.casts import free_casts
+from torch_fuse.rewrite.child_graphs import assembled, copy_of, inside_transform, with_children
 from torch_fuse.rewrite.guards import respell
 from torch_fuse.rewrite.pattern import Match, Pattern
+from torch_fuse.rewrite.placement import hoist_views, insertion_point, outdated
 from torch_fuse.rewrite.restride import restride
 from torch_fuse.rewrite.view import KINDS, GraphView
 
@@ -40,8 +40,6 @@ _UNCLAIMED: dict[str, tuple[Status, str]] = {
     "combine": ("kept", "Inductor fuses it into one kernel; no registered fusion takes it further"),
     "dequant": ("missed", "no registered fusion for a weight that is dequantised in the graph"),
 }
-# Child graphs whose bodies are differentiated and compiled like the outer graph.
-_OPEN_REGIONS = {"tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "cond", "invoke_subgraph"}
 
 
 @dataclass
@@ -85,12 +83,12 @@ def rewrite(gm: GraphModule, options: Options, patterns: dict[str, Pattern]) -> 
     """
     start = time.perf_counter()
     run = _Run(options, patterns)
-    for module, _ in list(_modules(gm)):
+    for module, _ in list(with_children(gm)):
         respell(module)
         free_casts(module)
-    backups = [(module, _copy(module)) for module, _ in _modules(gm)]
+    backups = [(module, copy_of(module)) for module, _ in with_children(gm)]
     try:
-        for module, refusal in list(_modules(gm)):
+        for module, refusal in list(with_children(gm)):
             _rewrite_module(module, module is not gm, refusal, run)
     except Exception:
         for module, backup in backups:
@@ -99,56 +97,8 @@ def rewrite(gm: GraphModule, options: Options, patterns: dict[str, Pattern]) -> 
         raise
     run.report.seconds = time.perf_counter() - start
     run.report.nodes = len(gm.graph.nodes)
-    original = _assembled(backups) if run.report.rewrites else None
+    original = assembled(backups) if run.report.rewrites else None
     return Outcome(gm, original, run.report)
-
-
-def _copy(module: GraphModule) -> GraphModule:
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    output = graph.graph_copy(module.graph, copies, return_output_node=True)
-    assert isinstance(output, tuple)
-    graph.output(output[0]).meta = dict(output[1].meta)
-    for node, copied in copies.items():
-        for name in node.__dict__.keys() - copied.__dict__.keys():  # Dynamo keeps inputs' sources on the nodes
-            setattr(copied, name, getattr(node, name))
-    backup = GraphModule(module, graph)
-    backup.meta = module.meta
-    return backup
-
-
-def _assembled(backups: list[tuple[GraphModule, GraphModule]]) -> GraphModule:
-    """The copy of the outer module, with the copies of its child graphs in their places."""
-    copies = dict(backups)
-    for _, backup in backups:
-        for name, child in list(backup.named_modules()):
-            if name and child in copies:
-                backup.set_submodule(name, copies[child])
-    return backups[0][1]
-
-
-def _modules(gm: GraphModule, refusal: str = "") -> Iterator[tuple[GraphModule, str]]:
-    """A graph module and its child graphs, each with the reason why it may not be rewritten, or ""."""
-    yield gm, refusal
-    transformed = transforms(gm.graph.nodes)
-    for node in gm.graph.nodes:
-        if node.op != "get_attr":
-            continue
-        child = getattr(gm, str(node.target), None)
-        if not isinstance(child, GraphModule):
-            continue
-        names = {
-            user.target.name() if isinstance(user.target, torch._ops.HigherOrderOperator) else "?"
-            for user in node.users
-        }
-        closed = sorted(names - _OPEN_REGIONS)
-        own = f"inside {closed[0]}, whose body is fixed" if closed else ""
-        inside = next((transformed[user] for user in node.users if user in transformed), "")
-        yield from _modules(child, refusal or own or (_inside_transform(inside) if inside else ""))
-
-
-def _inside_transform(name: str) -> str:
-    return f"inside {name}, for which fused ops have no rule"
 
 
 def _rewrite_module(module: GraphModule, inner: bool, refusal: str, run: _Run) -> None:
@@ -178,18 +128,18 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, look:
             continue
         try:
             match = pattern.match(view, anchor)
-            if match is not None and _outdated(view, match, stale):
+            if match is not None and outdated(view, match, stale):
                 view, stale = look(), set()
                 match = pattern.match(view, anchor)
             if match is None:
                 continue
-            if _hoist_views(view, match):
+            if hoist_views(view, match):
                 view, stale = look(), set()
                 match = pattern.match(view, anchor)
                 assert match is not None
-            at = _insertion_point(view, match, pattern.across_autocast)
+            at = insertion_point(view, match, pattern.across_autocast)
             inside = transformed.get(anchor)
-            kept = _kept(pattern, match, refusal or (_inside_transform(inside) if inside else ""), run)
+            kept = _kept(pattern, match, refusal or (inside_transform(inside) if inside else ""), run)
             if kept is not None:
                 _record(run, pattern, anchor, "kept", kept)
                 continue
@@ -209,89 +159,6 @@ def _apply(module: GraphModule, pattern: Pattern, refusal: str, run: _Run, look:
             stale |= _replace(module, view, pattern, match, at, run)
         except Miss as miss:
             _record(run, pattern, anchor, miss.status, miss.reason)
-
-
-def _outdated(view: GraphView, match: Match, stale: set[Node]) -> bool:
-    """Whether rewrites since the view was made have touched the match, or the place where it would go."""
-    if stale.intersection((*match.region, *match.inputs)):
-        return True
-    index = view.order.index
-    if any(node not in index for node in (*match.region, *match.inputs)):
-        return True
-    if any(user not in index for node in match.replaced for user in node.users):
-        return True
-    return view.order.nodes[max(index[node] for node in match.replaced) + 1] in stale
-
-
-def _earliest_reader(view: GraphView, match: Match) -> int:
-    """The position before which the replacement has to be computed."""
-    index = view.order.index
-    at = max(index[node] for node in match.replaced) + 1
-    return min([at, *(index[user] for node in match.replaced for user in node.users if user not in match.region)])
-
-
-def _hoist_views(view: GraphView, match: Match) -> bool:
-    """Moves views that the match reads before the first reader of its results, where that changes nothing.
-
-    A slice of the key may stand behind the concatenation that the query goes into.
-    """
-    at, order = _earliest_reader(view, match), view.order
-    late: set[Node] = set()
-    pending = list(match.inputs)
-    while pending:
-        node = pending.pop()
-        if order.index[node] < at or node in late:
-            continue
-        if not is_hoistable(node):
-            return False
-        late.add(node)
-        pending += node.all_input_nodes
-    if not late:
-        return False
-    try:
-        # From the node before the reader on: what is written between the reader and the views counts too.
-        order.check_movable(
-            {*late, order.nodes[at - 1]}, [source for node in late for source in node.all_input_nodes], at
-        )
-    except Miss:
-        return False
-    for node in sorted(late, key=order.index.__getitem__):
-        order.nodes[at].prepend(node)
-    return True
-
-
-def _insertion_point(view: GraphView, match: Match, across_autocast: bool) -> int:
-    """The position before which the replacement is computed.
-
-    Raises:
-        Miss: when a result is read before everything that the match needs is there, or when reading it there
-            instead of where the graph reads it would give other values.
-    """
-    index = view.order.index
-    at = _earliest_reader(view, match)
-    late = [node for node in match.inputs if index[node] >= at]
-    if late:
-        raise Miss(f"{view.order.nodes[at].name} reads a part of the match before {late[0].name} is computed", late[0])
-    view.order.check_movable(match.region, match.inputs, at, across_autocast)
-    casts = _looked_through(match)
-    if casts:
-        sources = [source for node in casts for source in node.all_input_nodes]
-        view.order.check_movable(casts, sources, at, across_autocast)
-    return at
-
-
-def _looked_through(match: Match) -> set[Node]:
-    """Casts that the region reads and others read too: the replacement reads what they were made of, and later."""
-    found: set[Node] = set()
-    pending = [node for inside in match.region for node in inside.all_input_nodes]
-    while pending:
-        node = pending.pop()
-        call = call_of(node)
-        if call is None or call.op != "cast" or node in found or node in match.region or node in match.inputs:
-            continue
-        found.add(node)
-        pending += node.all_input_nodes
-    return found
 
 
 def _kept(pattern: Pattern, match: Match, refusal: str, run: _Run) -> str | None:
