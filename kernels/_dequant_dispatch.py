@@ -35,6 +35,8 @@ class Crossover(NamedTuple):
 # By bits of a code, of benchmarks/results/dequant_linear.jsonl (8 and 64 rows, 256 and 512): what
 # benchmarks/bench_dequant_linear.py --crossover makes of its rows.
 CROSSOVER = {8: Crossover(16, 32, 512), 4: Crossover(16, 32, 256)}
+# Of codes in planes of bits, as of 4 bits; not measured.
+PLANES = Crossover(16, 32, 0)
 # Rows of x up to which the op is measured to beat Inductor on sm_90.
 MEASURED_ROWS = 512
 
@@ -80,7 +82,7 @@ def run(
 ) -> Tensor:  # fmt: skip
     """`dequant_linear` of inputs that `supports` takes, contiguous."""
     rows = x.numel() // max(x.shape[-1], 1)
-    up_to = CROSSOVER[form.bits]
+    up_to = CROSSOVER.get(form.bits, PLANES)
     if 0 < rows <= up_to.rows and few.supports(x, codes, scale, zero, lut, form) is None:
         return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation, early=early)
     if 0 < rows <= up_to.tiled and tiled.supports(x, codes, scale, zero, lut, form) is None:

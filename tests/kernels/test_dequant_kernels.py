@@ -156,7 +156,7 @@ def test_decoding_takes_integers_as_zero_points(zero: torch.dtype, rows: int) ->
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
 def test_kernels_in_the_interpreter() -> None:
-    files = [__file__, str(Path(__file__).with_name("test_dequant_tiled.py"))]
+    files = [__file__, *(str(Path(__file__).with_name(f"test_dequant_{name}.py")) for name in ("tiled", "planes"))]
     passes_in_interpreter(*files, select="decoding or order")
 
 
