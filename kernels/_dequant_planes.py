@@ -8,7 +8,7 @@ chunks' too are read again, from L1, as the chunks are at work in the same progr
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +97,33 @@ def placed(codes: Tensor, form: Format) -> list[tuple[Plane, int]]:
         found.append((plane, at))
         at += codes.shape[-1] * plane.bits // form.bits
     return sorted(found, key=lambda each: -each[0].bits)
+
+
+class High(NamedTuple):
+    """`bits` of each code, in runs of `run` bytes, `at` bytes behind the lower halves of a block; those of the high
+    halves of bytes are `step` bits from those of the low halves."""
+
+    bits: int
+    run: int
+    at: int
+    step: int
+
+
+def halves(codes: Tensor, form: Format) -> tuple[Tensor, Format, High] | None:
+    """Codes of 5 or 6 bits as their lower four (4-bit codes in runs), and where the others lie; else None.
+
+    None, too, unless a byte of higher bits has those of both halves of a byte, as Q6_K and Q5_K have.
+    """
+    (low, at), *rest = placed(codes, form)
+    if low.bits != 4 or len(rest) != 1:
+        return None
+    high, other = rest[0]
+    if low.run % high.run or 8 // high.bits * high.run % (2 * low.run):
+        return None
+    size = codes.shape[-1] * 4 // form.bits
+    nibbles = codes.narrow(-1, at, size).unflatten(-1, (-1, low.run))
+    step = low.run // high.run * high.bits
+    return nibbles, form._replace(bits=4, nibbles="half"), High(high.bits, high.run, other - at, step)
 
 
 def constants(codes: Tensor, scale: Tensor, zero: Tensor | None, form: Format, lead: int = 0) -> dict[str, Any]:

@@ -187,7 +187,8 @@ def compiled(form: Format, found: Parts, rows: int, dtype: torch.dtype, chosen: 
     _, k = weight_shape(codes, form)
     x = torch.empty(rows, k, dtype=dtype)
     assert few.no_layout(x, codes, scale, zero, lut, form) is None
-    known = few.constants(x, codes, scale, zero, None, form, chosen, codes.storage_offset() % 16, activation, early) | (
+    lead = few.nibbles_of(codes, form)[0].storage_offset() % 16
+    known = few.constants(x, codes, scale, zero, None, form, chosen, lead, activation, early) | (
         {"M": 1} if rows == 1 else {}
     )
     short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8"}
@@ -218,12 +219,17 @@ COMPILED = {
 
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED or bool(MISSING), reason="compiles Gluon")
-@pytest.mark.parametrize("name", [*COMPILED, "q8_0", "q4_0", "q4_k", "gptq_zeros", "hqq_halves"])
+@pytest.mark.parametrize("name", [*COMPILED, "q8_0", "q4_0", "q4_k", "q6_k", "q5_k", "gptq_zeros", "hqq_halves"])
 def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str) -> None:
     width = 4  # words of x that a lane has side by side, as a rule
     if name in STRIDED:
         form, found = strided(name, 32, 2048)
-        rows, chosen, dtype, width = 8, few.Config(), torch.float16, {"q8_0": 2, "q4_k": 2, "q4_0": 1}.get(name, 4)
+        rows, chosen, dtype, width = (
+            8,
+            few.Config(),
+            torch.float16,
+            {"q8_0": 2, "q4_k": 2, "q5_k": 2, "q4_0": 1, "q6_k": 1}.get(name, 4),
+        )
     else:
         form, zero, run, rows, chosen = COMPILED[name]
         dtype = torch.bfloat16 if rows == 1 else torch.float16
