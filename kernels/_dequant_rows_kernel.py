@@ -158,8 +158,9 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
            ZERO_N: gl.constexpr, ZERO_K: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr,
            ADDED: gl.constexpr, BIASED: gl.constexpr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr,
            BLOCK_N: gl.constexpr, TILE: gl.constexpr, SPAN: gl.constexpr, BETWEEN: gl.constexpr, ROW: gl.constexpr,
-           LEAD: gl.constexpr, ALIGNED: gl.constexpr, HIGH_BITS: gl.constexpr, HIGH_RUN: gl.constexpr, HIGH_AT: gl.constexpr,
-           WARPS: gl.constexpr, PARTS: gl.constexpr, AHEAD: gl.constexpr, UNROLL: gl.constexpr, ACTIVATION: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+           LEAD: gl.constexpr, ALIGNED: gl.constexpr, HIGH_BITS: gl.constexpr, HIGH_RUN: gl.constexpr,
+           HIGH_AT: gl.constexpr, WARPS: gl.constexpr, PARTS: gl.constexpr, AHEAD: gl.constexpr,
+           UNROLL: gl.constexpr, ACTIVATION: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     """BLOCK_N columns of the result (and as many HALVES later), or one of PARTS parts of their sums.
 
     The WARPS warps take blocks of columns in turns: a batch of products, added up at the end. The layouts of the

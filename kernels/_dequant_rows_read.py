@@ -42,9 +42,12 @@ def _high(block, RUN: gl.constexpr, TILE: gl.constexpr, SPAN: gl.constexpr, BETW
     halves in the same bytes (`_dequant_planes.halves`), which tiles of other columns read too.
     """
     SIDES: gl.constexpr = 8 // BITS
-    column = _column(block % (SPAN // TILE), 0, 4, RUN, TILE)
-    at = block // (SPAN // TILE) * BETWEEN + HIGH_AT + column // (HIGH_RUN * SIDES) * HIGH_RUN + column % HIGH_RUN
-    return at, column // HIGH_RUN % SIDES * BITS
+    place = block % (SPAN // TILE)  # all in tiles: Triton sees what an address is a multiple of by the last factor
+    run = place // (RUN // TILE)
+    piece = place % (RUN // TILE)
+    at = block // (SPAN // TILE) * BETWEEN + HIGH_AT + run // (HIGH_RUN * SIDES // (2 * RUN)) * HIGH_RUN
+    at += piece % (HIGH_RUN // TILE) * TILE
+    return at, (run * (2 * RUN // HIGH_RUN) + piece // (HIGH_RUN // TILE)) % SIDES * BITS
 
 
 @gluon.jit
