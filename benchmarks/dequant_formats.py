@@ -51,6 +51,7 @@ def layouts(k: int) -> dict[str, Layout]:
         ),
         "q4_0": Layout(Format(4, "uint", 1, 32, 8, "half", compute="float16"), _q4_0, _q4_0_parts, _q4_0_linear),
         "hqq_halves": Layout(halves, _hqq, _hqq_parts, _hqq_linear),
+        "int8_columns": Layout(plain["int8"], _columns, _columns_parts, _columns_linear),
     }
     return {**{name: _contiguous(name, form) for name, form in plain.items()}, **found}
 
@@ -226,3 +227,16 @@ def _hqq_linear(x: Tensor, n: int, q: Tensor, scale: Tensor, zero: Tensor) -> Te
     weight[:rows] = (q & 0b11110000) >> 4
     weight[rows:] = q & 0b00001111
     return F.linear(x, ((weight - zero) * scale).reshape(n, -1))
+
+
+def _columns(n: int, k: int, device: str) -> Stored:
+    """As Conv1D has its weight, [K, N]."""
+    return _bytes(k, n, device=device).view(torch.int8), _scales(n, device=device)
+
+
+def _columns_parts(n: int, k: int, q: Tensor, scale: Tensor) -> Parts:
+    return q.t(), scale.view(n, 1), None, None
+
+
+def _columns_linear(x: Tensor, n: int, q: Tensor, scale: Tensor) -> Tensor:
+    return x @ (q.to(x.dtype) * scale)

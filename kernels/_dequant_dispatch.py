@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _dequant_columns as columns
 from . import _dequant_decode as written
 from . import _dequant_rows as few
 from . import _dequant_tiled as tiled
@@ -89,6 +90,8 @@ def run(
         return activated(tiled.tiled_linear(x, codes, scale, zero, lut, bias, form), activation)
     if 0 < rows <= up_to.rows_alone and few.supports(x, codes, scale, zero, lut, form) is None:
         return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation, early=early)
+    if columns.supports(x, codes, scale, zero, lut, form) is None:
+        return columns.columns_linear(x, codes, scale, zero, bias, form, activation=activation)
     weight = written.decode_on_device(codes, scale, zero, lut, form, x.dtype)
     if form.arithmetic != "output":
         return activated(F.linear(x, weight, bias), activation)
