@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torch_fuse.kernels import _dequant_decode as decoding
+from torch_fuse.kernels import _dequant_dispatch as dispatch
 from torch_fuse.kernels import _dequant_planes as kernel
+from torch_fuse.kernels import _dequant_rows as few
 from torch_fuse.kernels import _ops, dequant_linear
 from torch_fuse.kernels.packed_weight import Format, check_parts, decode
 
@@ -113,3 +115,24 @@ def test_a_chunk_of_planes_is_read_in_words_and_stored_at_once(name: str) -> Non
     chunks = known["CHUNKS"] // known["num_warps"] // 32
     assert ptx.count("st.global.v4.b32") == ptx.count("st.global") == chunks and "st.shared" not in ptx
     assert ptx.count("ld.global") == chunks * LOADS[name], ptx.count("ld.global") / chunks
+
+
+@pytest.mark.parametrize("name", ["q6_k", "q5_0"])
+def test_planes_are_not_measured_and_do_not_fire_by_default(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.few, "MISSING", "")
+    form, found = blocks(name, 4, 2, "cpu")
+    assert "not measured to win" in str(dispatch.unmeasured(*found, form))
+
+
+@pytest.mark.skipif(not _ops.HAS_TRITON, reason="needs Triton")
+def test_a_few_rows_read_planes_where_a_byte_has_the_higher_bits_of_both_halves() -> None:
+    def reason(name: str, **changed: int | str) -> str:
+        form, (codes, scale, zero, lut) = blocks(name, 4, 2, "cpu")
+        x = torch.empty(1, codes.shape[1] * BLOCKS[name][3]).half()
+        return few.no_layout(x, codes, scale, zero, lut, form._replace(**changed)) or "none"
+
+    assert reason("q6_k") == reason("q5_k") == "none"
+    for name in ("q5_0", "q2_k", "q3_k"):
+        assert "lie as" in reason(name)
+    assert "offset is 65" in reason("q6_k", offset=65) and "zero point" in reason("q5_k", arithmetic="sub_mul")
+    assert "do not fill" in reason("q6_k", group=8)
