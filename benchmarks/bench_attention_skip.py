@@ -1,14 +1,16 @@
 """The block around an attention with a skip, under eager, Inductor and fuse: times, and where they go.
 
     python benchmarks/bench_attention_skip.py --out results.jsonl [--only 8x1024x768] [--no-training] [--ways fuse]
+    python benchmarks/bench_attention_skip.py --out results.jsonl --only-training [--ways fuse apart]
     python benchmarks/bench_attention_skip.py --out results.jsonl --profile-train
 
 The block is x [B, N, C] -> QKV -> attention -> projection -> c_skip(t) * x + c_out(t) * projection, t for each sample,
 bfloat16, whose gradient is asked in the backward pass: forward, and forward + backward, in CUDA graphs that take turns;
 errors against float64. The ways: `fuse`; `late`, whose last launch begins when attention's has ended; `three`, with
 three groups on a tile; `measured`, whose attention is the fastest of those timed at compile time; `given`,
-whose coefficients Inductor's kernel computes before the op. Rows "account": the kernels of one call, by name, with
-microseconds; `--profile-train` gives only them, of the forward and backward pass.
+whose coefficients Inductor's kernel computes before the op; forward + backward: `fuse` and `apart`, where Inductor has
+the gradient of the combination. `ratio` is Inductor's time over the way's. Rows "account": the kernels of one call, by
+name, with microseconds; `--profile-train` gives only them, of the forward and backward pass.
 
 `--dry` proves the script on a CPU at tiny sizes. A shape takes about 30 s with all ways, 10 s with one;
 `--profile-train` about 15 s. The op alone: `bench_linear_skip.py`.
@@ -47,7 +49,8 @@ SHAPES = {
     "1x7800x1536-fp32": (1, 7800, 1536, 12),
 }
 FUSE = {"unmeasured": True}
-WAYS = ("fuse", "late", "three", "measured", "given")
+WAYS = ("fuse", "late", "three", "measured", "given", "apart")
+OF_TRAINING = ("fuse", "apart")
 
 
 class SkippedAttention(nn.Module):
@@ -107,6 +110,7 @@ def ways_of(name: str, model: nn.Module, chosen: list[str], dry: bool) -> dict[s
     if -(-batch * length // 192) * -(-width // 128) < 132:  # less than a tile for each multiprocessor
         ways.pop("three")
     ways["given"] = with_values(compiled(fuel=1 << 20))  # other options, or Dynamo took the other's graph
+    ways["apart"] = taken_apart(compiled(fuel=1 << 21))
     return {label: way for label, way in ways.items() if label in ("eager", "inductor", *chosen)}
 
 
@@ -133,6 +137,20 @@ def with_values(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return call(*given)
         finally:
             pattern.match_pointwise = found
+
+    return without
+
+
+def taken_apart(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A call that is compiled without the gradient in one pass."""
+    found = op.why_not
+
+    def without(*given: Tensor) -> Tensor:
+        op.why_not = lambda *_: "asked"
+        try:
+            return call(*given)
+        finally:
+            op.why_not = found
 
     return without
 
@@ -182,7 +200,8 @@ def block(log: Log, name: str, train: bool, dry: bool, chosen: list[str], only_a
         steps = {label: captured(call, 4) for label, call in steps.items()}
     inner = 1 if dry else 4
     times = interleaved_ms(steps, 1 if dry else 20, rest_s=0.0 if dry else 0.1)
-    log.write(**row, **{f"{label}_us": ms * 1e3 / inner for label, ms in times.items()})
+    ratios = {label: round(times["inductor"] / ms, 4) for label, ms in times.items() if label != "inductor"}
+    log.write(**row, **{f"{label}_us": ms * 1e3 / inner for label, ms in times.items()}, ratio=ratios)
 
 
 def account(log: Log, row: dict[str, Any], label: str, call: Callable[[], Any]) -> None:
@@ -198,14 +217,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES)[:8])
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS), help="besides Inductor")
     for flag, text in (("--no-training", "their forward pass only"),
+                       ("--only-training", "their forward + backward only"),
                        ("--profile-train", "nothing but the kernels of forward + backward"),
                        ("--dry", "tiny, on the CPU: measures nothing")):  # fmt: skip
         parser.add_argument(flag, action="store_true", help=text)
     given = parser.parse_args()
     log = Log(given.out)
-    for train in (True,) if given.profile_train else (False,) if given.no_training else (False, True):
+    only = given.profile_train or given.only_training
+    for train in (True,) if only else (False,) if given.no_training else (False, True):
+        ways = [way for way in given.ways if (way in OF_TRAINING if train else way != "apart")]
         for name in given.only:
-            block(log, name, train, given.dry, ["fuse"] if train else given.ways, given.profile_train)
+            block(log, name, train, given.dry, ways, given.profile_train)
 
 
 if __name__ == "__main__":

@@ -60,14 +60,14 @@ WITHOUT = {
     "without_attention": {"ATTENTION": 0},
     "without_barriers": {"BARRIERS": 0},
     "without_both": {"ATTENTION": 0, "BARRIERS": 0},
-    "out_first": {"OUT_FIRST": 1},
-    "prefetch_4": {"PREFETCH": 4},
-    "prefetch_10": {"PREFETCH": 10},
-    "out_first_prefetch_10": {"OUT_FIRST": 1, "PREFETCH": 10},
 }
+RINGS: dict[str, dict[str, int]] = {
+    "keys_0": {"keys": 0}, "keys_20480": {"keys": 20480}, "keys_40960": {"keys": 40960}, "keys_81920": {"keys": 81920},
+    "one_query": {"queries": 1},
+}  # fmt: skip
 CHOICES: list[dict[str, int]] = [
-    {"matrix_warps": 8}, {"matrix_warps": 11}, {"max_chunk": 10240}, {"max_chunk": 12288, "matrix_warps": 8},
-    {"max_slots": 4}, {"max_slots": 6}, {"max_slots": 8}, {"splits": 2}, {"splits": 8},
+    {"matrix_warps": 8}, {"matrix_warps": 9}, {"max_chunk": 10240}, {"max_chunk": 12288, "matrix_warps": 8},
+    {"max_slots": 4}, {"max_slots": 6}, {"splits": 2}, {"splits": 8}, {"keys": 102400},
 ]  # fmt: skip
 
 
@@ -185,13 +185,13 @@ def measure(log: Log, name: str, s: Stack, live: int, makers: dict[str, Callable
 EVENTS = ("begin", "stream", "projected", "up", "inner", "first", "attended", "out", "query", "tasks")
 
 
-def traced(log: Log, name: str, s: Stack, out_first: int) -> None:
+def traced(log: Log, name: str, s: Stack, **choices: int) -> None:
     """Where a step's time goes: for each event of a layer, us after the first block's begin, over layers but the first.
 
     `mean` and `last` are of the blocks; stream, inner and attended come after a wait. In a parallel decoder: begin
     (wait for the stream) stream (QKV) projected (up) up (wait) inner (MLP down) first (wait) attended (out) out.
     """
-    found = launching.ready(s, (("OUT_FIRST", out_first),), trace=True)
+    found = launching.ready(s, trace=True, **choices)
     if isinstance(found, str):
         raise RuntimeError(found)
     for _ in range(3):  # the last one counts
@@ -208,7 +208,7 @@ def traced(log: Log, name: str, s: Stack, out_first: int) -> None:
         mean = after.sum(0) / there.sum(0).clamp(min=1)
         rows[event] = [round(float(mean.mean()), 2), round(float(after.amax(0).mean()), 2)]
     layer = (times[:, :, 0].amin(0)[1:] - begin[:-1]).mean()
-    order = (("attended", 3, 6), ("inner", 5, 4)) if out_first else (("inner", 3, 4), ("attended", 5, 6))
+    order = (("inner", 3, 4), ("attended", 5, 6)) if s.parallel else (("attended", 2, 6), ("inner", 3, 4))
     waits = {
         wait: [round(float((times[:, :, b] - times[:, :, a]).mean()), 2),
                round(float((times[:, :, b] - times[:, :, a]).amin(0).mean()), 2)]
@@ -217,10 +217,10 @@ def traced(log: Log, name: str, s: Stack, out_first: int) -> None:
     log.write(
         what="trace",
         name=name,
-        out_first=out_first,
         layer_us=round(float(layer), 2),
         mean_last_us=rows,
         waits_mean_least_us=waits,
+        **choices,
     )
 
 
@@ -259,10 +259,13 @@ def run(log: Log, name: str, dry: bool, sweep: bool, times: int, parts: bool, wi
     if dry:
         return
     if parts:
-        for out_first in (0, 1):
-            traced(log, name, s, out_first)
+        traced(log, name, s)
+        for way, choice in RINGS.items():
+            both = {"decode_stack": lambda: lambda: decode_stack(*s), way: lambda c=choice: launched(s, **c)}
+            measure(log, name, s, live, both)
         for way, macros in WITHOUT.items():
             measure(log, name, s, live, {way: lambda m=macros: launched(s, m)})
+        traced(log, name, s, keys=0)
     if with_chain and s.parallel:
         measure(log, name, s, live, {"chain": lambda: chain(s), "decode_stack": lambda: lambda: decode_stack(*s)})
     for choice in CHOICES if sweep else ():

@@ -6,6 +6,8 @@
     bench_dequant_linear.py --rows 16,32 --shapes 1 --formats int8,int4_g128_zero,q8_0 --out rows.jsonl  # 30 s
     bench_dequant_linear.py --crossover rows.jsonl  # `_dequant_dispatch.CROSSOVER` by these rows; needs no GPU
     bench_dequant_linear.py --sweep --shapes 2 --formats int8,int4_g128_zero --out sweep.jsonl  # configurations, 150 s
+    bench_dequant_linear.py --shapes 2 --formats int8,int4_g128_zero --rows 1,8 --variants rows,ring,ring_early  # 25 s
+    bench_dequant_linear.py --sweep-ring --shapes 2 --formats int4_g128_zero,int8 --rows 1,8 --out ring.jsonl  # 50 s
     bench_dequant_linear.py --dry                                              # tiny, on a CPU; also with --sweep
 
 Most of the time is for compiling: Inductor is not asked at 16, 32, 128 and 256 rows. All formats, shapes and rows would
@@ -19,6 +21,7 @@ come first, and each is written at once.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import time
@@ -36,10 +39,11 @@ from torch import Tensor
 import torch_fuse  # noqa: F401  # the backend
 from torch_fuse.kernels import _dequant_columns as columns
 from torch_fuse.kernels import _dequant_decode as decoding
+from torch_fuse.kernels import _dequant_ring as ring
 from torch_fuse.kernels import _dequant_rows as few
 from torch_fuse.kernels import _dequant_tiled as tiled
 from torch_fuse.kernels._dequant_dispatch import Crossover
-from torch_fuse.kernels.packed_weight import decode, weight_shape
+from torch_fuse.kernels.packed_weight import Format, decode, weight_shape
 
 SHAPES = [(10240, 2560), (14336, 4096), (8192, 8192), (28672, 4096)]
 ROWS = [64, 1, 8, 512, 16, 32, 256, 128]
@@ -103,7 +107,45 @@ def weights(name: str, n: int, k: int, dry: bool, device: str) -> tuple[list[Sto
     return stored, [layout.parts(n, k, *tensors) for tensors in stored], size
 
 
-def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, device: str) -> None:
+def ring_variants(x: Tensor, parts: list[Parts], form: Format, sweep: bool) -> dict[str, Callable[[int], Any]]:
+    """Calls of the persistent kernel: as it is, begun early, and with other divisions of the work."""
+    found: dict[str, Callable[[int], Any]] = {}
+    for name, choices in (RING if sweep else dict(list(RING.items())[:2])).items():
+
+        def call(i: int, choices: dict[str, Any] = choices) -> Tensor:
+            codes, scale, zero, _ = parts[i]
+            kernel = ring.kernel_for(x, codes, scale, zero, None, form, **choices)
+            if isinstance(kernel, str):
+                raise RuntimeError(kernel)
+            return ring.ring_linear(kernel, x, codes, scale, zero, None, choices.get("early", False))
+
+        found[name] = call
+    return found
+
+
+RING: dict[str, dict[str, Any]] = {
+    "ring": {}, "ring_early": {"early": True}, "ring_1producer": {"producers": 1}, "ring_w8": {"warps": 8},
+    "ring_w10": {"warps": 10}, "ring_s2": {"segments": 2}, "ring_s4": {"segments": 4}, "ring_3slots": {"slots": 3},
+    "ring_4slots": {"slots": 4}, "ring_early_s2": {"early": True, "segments": 2},
+}  # fmt: skip
+
+
+def sweep_ring(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, device: str) -> None:
+    form = layouts(k)[name].form
+    _, parts, _ = weights(name, n, k, dry, device)
+    exact_weight = decode(*parts[0], form._replace(compute="float32"), torch.float64)
+    for m in rows:
+        x = torch.randn(m, k, device=device).half()
+        reason = ring.kernel_for(x, *parts[0][:3], None, form)
+        if isinstance(reason, str):
+            log.write(what="not supported", name="ring", reason=reason, N=n, K=k, M=m, format=name)
+            continue
+        measure(log, "sweep_ring", ring_variants(x, parts, form, True), x.double() @ exact_weight.t(), len(parts), dry,
+                N=n, K=k, M=m, format=name)  # fmt: skip
+
+
+def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, device: str,
+            wanted: list[str]) -> None:  # fmt: skip
     layout = layouts(k)[name]
     form = layout.form
     stored, parts, size = weights(name, n, k, dry, device)
@@ -111,7 +153,7 @@ def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, dev
     dense = [torch.randn(n, k, device=device).half() for _ in range(2 if dry else max(3, int(0.5e9 // (2 * n * k))))]
     exact_weight = decode(*parts[0], form._replace(compute="float32"), torch.float64)
     packed: list[Tensor] = []
-    if name == "int4_g128" and not dry:
+    if name == "int4_g128" and not dry and (not wanted or "tinygemm" in wanted):
         failing(log, "pack tinygemm", lambda: packed.extend(
             torch.ops.aten._convert_weight_to_int4pack(codes, 8) for codes, *_ in parts))  # fmt: skip
         pairs = torch.rand(k // 128, n, 2, device=device).bfloat16()
@@ -126,6 +168,12 @@ def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, dev
             variants["inductor"] = lambda i, x=x: compiled(x, n, *stored[i])
         if few.supports(x, *parts[0], form) is None:
             variants["rows"] = lambda i, x=x: few.rows_linear(x, *parts[i], None, form)
+        if m <= ring.MAX_ROWS:
+            reason = ring.kernel_for(x, *parts[0][:3], None, form)
+            if isinstance(reason, str):
+                log.write(what="not supported", name="ring", reason=reason, N=n, K=k, M=m, format=name)
+            else:
+                variants |= ring_variants(x, parts, form, False)
         if tiled.supports(x, *parts[0], form) is None and m >= 16:
             variants["tiled"] = lambda i, x=x: tiled.tiled_linear(x, *parts[i], None, form)
         if columns.supports(x, *parts[0], form) is None:
@@ -137,6 +185,8 @@ def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, dev
         if packed and m <= 64:
             bf16 = x.bfloat16()
             variants["tinygemm"] = lambda i, x=bf16: torch.ops.aten._weight_int4pack_mm(x, packed[i], 128, pairs)
+        if wanted:
+            variants = {key: call for key, call in variants.items() if key in wanted}
         measure(log, "dequant_linear", variants, x.double() @ exact_weight.t(), count, dry, N=n, K=k, M=m, format=name,
                 bits=form.bits, floor_us=round((size + 2 * m * (n + k)) / 4.8e6, 2))  # fmt: skip
 
@@ -224,6 +274,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--sweep-ring", action="store_true", help="divisions of the persistent kernel's work")
+    parser.add_argument("--variants", default="", help="only these, by name")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--shapes", type=int, default=4, help="how many of the shapes")
     parser.add_argument("--formats", default=",".join(layouts(256)))
@@ -245,7 +297,8 @@ def main() -> None:
         if options.sweep
         else ROWS
     )
-    each = sweep if options.sweep else compare
+    wanted = options.variants.split(",") if options.variants else []
+    each = sweep if options.sweep else sweep_ring if options.sweep_ring else functools.partial(compare, wanted=wanted)
     for (n, k), name in itertools.product(shapes, options.formats.split(",")):
         small = layouts(256)[name]
         assert weight_shape(small.parts(16, 256, *small.stored(16, 256, "cpu"))[0], small.form) == (16, 256)

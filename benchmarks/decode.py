@@ -1,6 +1,6 @@
 """A token of an unmodified model with a static cache: eager, Inductor and fuse, each plain and in a CUDA graph.
 
-    python benchmarks/decode.py --out results.jsonl [--only pythia-2.8b-512]
+    python benchmarks/decode.py --out results.jsonl [--only pythia-2.8b-512] [--ways fuse,inductor]
     python benchmarks/decode.py --repeat 10000 [--only pythia-160m-512]    # the same step again and again
     python benchmarks/decode.py --ops [--sweep] [--only attention]         # the ops, with bytes a second
     python benchmarks/decode.py --ops --alone [--sweep]                    # for one row, without Inductor
@@ -40,7 +40,7 @@ import torch_fuse
 BANDWIDTH = 4.6e12
 
 
-def step(log: Log, name: str, dry: bool, reps: int) -> None:
+def step(log: Log, name: str, dry: bool, reps: int, chosen: str) -> None:
     """Checks and times one token."""
     model, cache, token, prompt, size, rewind = start(name, dry)
     exact = _exact(model, cache, token, prompt, size)
@@ -48,6 +48,8 @@ def step(log: Log, name: str, dry: bool, reps: int) -> None:
     row["floor_ms"] = round(streamed_bytes(model, cache, prompt) / BANDWIDTH * 1e3, 4)
     calls: dict[str, Callable[[], Any]] = {}
     for way, make in ways(model, dry).items():
+        if way not in ("eager", *chosen.split(",")):
+            continue
         begin = time.perf_counter()
         try:
             found = _prepared(way, make(), calls, token, cache, prompt, rewind, dry)
@@ -61,7 +63,7 @@ def step(log: Log, name: str, dry: bool, reps: int) -> None:
     row |= {f"{key}_ms": ms for key, ms in _timed(calls, rewind, reps).items()}
     row["sites"] = torch_fuse.reports().counts()
     log.write(what="decode", **row)
-    for way in ("fuse", "fuse_early"):
+    for way in ("fuse", "ops", "ops_early"):
         if f"{way}_error" in row:
             assert row[f"{way}_error"]["rms"] <= 2 * row["eager_error"]["rms"] + 1e-6, row
 
@@ -128,6 +130,7 @@ def main() -> None:
     ):
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--repeat", type=int, default=0, help="one step so many times, instead of timing it")
+    parser.add_argument("--ways", default="fuse,ops,inductor", help="of fuse, ops, ops_early, inductor; eager always")
     given = parser.parse_args()
     log = Log(given.out)
     with torch.no_grad():
@@ -139,7 +142,7 @@ def main() -> None:
             if given.repeat:
                 repeat(log, name, given.dry, given.repeat)
             else:
-                step(log, name, given.dry, 2 if given.dry else 12)
+                step(log, name, given.dry, 2 if given.dry else 12, given.ways)
 
 
 if __name__ == "__main__":

@@ -102,13 +102,20 @@ def start(name: str, dry: bool) -> Start:
 
 
 def ways(model: torch.nn.Module, dry: bool) -> dict[str, Callable[[], Callable[..., Any]]]:
-    """What makes the step's functions, by name: a graph is compiled only when its turn has come."""
-    options: dict[str, Any] = {"kernels": "reference"} if dry else {"unmeasured": True}
-    early = {**options, "early_launch": True}
+    """What makes the step's functions, by name: a graph is compiled only when its turn has come.
+
+    "ops" is fuse without `decode_stack`: a few launches a layer; with "early" they begin before the one in front ends.
+    """
+    options: dict[str, Any] = {"kernels": "reference"} if dry else {}
+
+    def compiled(**more: Any) -> Callable[[], Callable[..., Any]]:
+        return lambda: torch.compile(model, fullgraph=True, backend="fuse", options={**options, **more})
+
     return {
         "eager": lambda: model,
-        "fuse": lambda: torch.compile(model, fullgraph=True, backend="fuse", options=options),
-        "fuse_early": lambda: torch.compile(model, fullgraph=True, backend="fuse", options=early),
+        "fuse": compiled(),
+        "ops": compiled(disable=["decode_stack"]),
+        "ops_early": compiled(disable=["decode_stack"], early_launch=True),
         "inductor": lambda: torch.compile(model, fullgraph=True),
     }
 

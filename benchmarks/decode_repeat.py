@@ -21,7 +21,7 @@ def repeat(log: Log, name: str, dry: bool, steps: int) -> None:
     """
     model, cache, token, prompt, _, rewind = start(name, dry)
     for way, make in ways(model, dry).items():
-        if not way.startswith("fuse"):
+        if way in ("eager", "inductor"):
             continue
         try:
             function = make()

@@ -80,7 +80,7 @@ class Kernel:
         from cuda.bindings import driver
 
         self._driver, self._grid, self._threads, self._shared_bytes = driver, grid, threads, shared_bytes
-        self._index = index
+        self._index, self._early = index, dict[int, Any]()
         with torch.cuda.device(index):
             self._need_context()
             self._module = _checked(driver.cuModuleLoadData(compiled(name, constants)))
@@ -105,6 +105,39 @@ class Kernel:
                 ctypes.addressof(parameters),
             )
         )  # fmt: skip
+
+    def start(self, arguments: bytes, stream: int, early: bool = False) -> None:
+        """Launches without zeros, and not cooperatively: blocks need not all be there at once.
+
+        early: the launch may begin before the one before it on the stream has ended; the kernel waits for it.
+        """
+        driver = self._driver
+        if torch.cuda.current_device() != self._index:
+            with torch.cuda.device(self._index):
+                self.start(arguments, stream, early)
+            return
+        self._need_context()
+        struct = ctypes.create_string_buffer(arguments, len(arguments))
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(struct))
+        if early:
+            config = self._early.get(stream) or self._early.setdefault(stream, self._early_on(stream))
+            _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(parameters), 0))
+        else:
+            _checked(driver.cuLaunchKernel(self._function, self._grid, 1, 1, self._threads, 1, 1, self._shared_bytes,
+                                           stream, ctypes.addressof(parameters), 0))  # fmt: skip
+
+    def _early_on(self, stream: int) -> Any:
+        """How a launch on a stream begins before the one before it has ended."""
+        driver = self._driver
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = self._grid, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes, config.hStream = self._shared_bytes, stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
 
     def _need_context(self) -> None:
         """Makes the device's context the thread's, where it has none: torch does so only when it asks the runtime."""

@@ -16,7 +16,6 @@ from ._decode_stack_launch import Ready, misplaced, ready
 if TYPE_CHECKING:
     from .decode_stack import Stack
 
-TENSORS = 22  # of the op's arguments; the rest are options
 MOST, MOST_ALIKE = 64, 4  # kinds: in all, and of those that are compared one after the other
 _log = logging.getLogger(__name__)
 _known: dict[tuple[Any, ...], list[tuple[Callable[..., bool], Ready | None]]] = {}
@@ -29,7 +28,7 @@ def found(s: Stack, check: Callable[[Stack], None]) -> Ready | None:
     the same ones at the same places.
     """
     given: list[Tensor | None] = []
-    for argument in s[:TENSORS]:
+    for argument in s.tensors:
         if isinstance(argument, (list, tuple)):
             given += argument
         else:
@@ -37,8 +36,8 @@ def found(s: Stack, check: Callable[[Stack], None]) -> Ready | None:
     at: dict[int, int] = {}
     places = tuple([at.setdefault(id(t), i) if t is not None else -1 for i, t in enumerate(given)])
     tensors = [given[i] for i in at.values()]
-    counts = tuple([len(a) for a in s[:TENSORS] if isinstance(a, (list, tuple))])
-    options = tuple([tuple(a) if isinstance(a, (list, tuple)) else a for a in s[TENSORS:]])
+    counts = tuple([len(a) for a in s.tensors if isinstance(a, (list, tuple))])
+    options = tuple([tuple(a) if isinstance(a, (list, tuple)) else a for a in s.options])
     alike = _known.get((counts, options, places), [])
     for same, kernel in alike:
         if same(*tensors):

@@ -50,7 +50,7 @@ def supports(s: Stack, device: Device) -> str | None:
 
 
 def _elsewhere(s: Stack) -> str | None:
-    for given in s[:22]:
+    for given in s.tensors:
         for t in (given,) if isinstance(given, Tensor) else given or ():
             if t is not None and t.device != s.x.device:
                 return f"a tensor is on {t.device}, and the stream on {s.x.device}"
@@ -90,7 +90,7 @@ def _strides(s: Stack) -> str | None:
 
 def _vectors(s: Stack) -> tuple[Tensor | None, ...]:
     return (*s.norm_weights, *s.norm_biases, *s.in_biases, *s.up_biases, *s.out_biases, *s.down_biases,
-            s.head_norm_weight, s.head_norm_bias, s.head_bias)  # fmt: skip
+            *s.q_norm_weights, *s.k_norm_weights, s.head_norm_weight, s.head_norm_bias, s.head_bias)  # fmt: skip
 
 
 def _tables(s: Stack) -> str | None:
@@ -104,7 +104,8 @@ def _tables(s: Stack) -> str | None:
 def misplaced(s: Stack) -> str | None:
     """Why the tensors' addresses do not suit the kernel, or None."""
     wide = (*s.in_weights, *s.up_weights, *s.out_weights, *s.down_weights, s.head_weight, *s.norm_weights,
-            *s.norm_biases, s.head_norm_weight, s.head_norm_bias, *s.key_caches, *s.value_caches)  # fmt: skip
+            *s.norm_biases, *s.q_norm_weights, *s.k_norm_weights, s.head_norm_weight, s.head_norm_bias,
+            *s.key_caches, *s.value_caches)  # fmt: skip
     if any(t is not None and t.data_ptr() % 16 for t in wide):
         return "a weight, a norm or a cache does not begin at a multiple of 16 bytes"
     written = [t.data_ptr() for t in (*s.key_caches, *s.value_caches, *s.lengths)]
@@ -131,13 +132,13 @@ def constants(s: Stack, fitting: Plan) -> dict[str, int]:
         "TABLE_BYTES": table_dtype.itemsize, "TABLE_BFLOAT": int(table_dtype == torch.bfloat16),
         "MASKS": len(s.masks), "COUNTED": int(bool(s.lengths)), "SIZE": int(s.key_caches[0].shape[2]),
         "POSITION_BYTES": 8 if s.positions is None else s.positions.dtype.itemsize,
-        "ARGUMENT_BYTES": _argument_bytes(s),
+        "HEAD_NORM": int(bool(s.q_norm_weights)), "ARGUMENT_BYTES": _argument_bytes(s),
     }  # fmt: skip
 
 
 def _argument_bytes(s: Stack) -> int:
-    pointers = 12 + 2 * len(s.in_weights) // s.layers + (4 if s.gated else 2)  # of a layer
-    return 8 * (17 + s.layers * pointers)
+    pointers = 14 + 2 * len(s.in_weights) // s.layers + (4 if s.gated else 2)  # of a layer
+    return 8 * (18 + s.layers * pointers)
 
 
 def arguments(s: Stack, out: Tensor, workspace: int) -> tuple[bytes, Tensor]:
@@ -153,14 +154,16 @@ def arguments(s: Stack, out: Tensor, workspace: int) -> tuple[bytes, Tensor]:
     words = [at(x), at(out), at(s.cos), at(s.sin), at(s.positions), at(s.head_norm_weight), at(s.head_norm_bias),
              at(s.head_weight), at(s.head_bias), workspace]  # fmt: skip
     strides = [keys.stride(1), keys.stride(2), values.stride(1), values.stride(2), s.masks[0].stride(3)]
-    numbers = struct.pack("=15q4f", *words, *strides, s.eps, s.weight_offset, softmax_scale(s.scale), 0.0)
+    numbers = struct.pack("=15q6f", *words, *strides, s.eps, s.weight_offset, softmax_scale(s.scale), s.qk_eps,
+                          s.qk_weight_offset, 0.0)  # fmt: skip
     projections, ups = len(s.in_weights) // s.layers, 2 if s.gated else 1
     tensors: list[Tensor | None] = []
     for i in range(s.layers):
         norms, ins, up = (slice(i * n, i * n + n) for n in (2, projections, ups))
         tensors += [*s.norm_weights[norms], *s.norm_biases[norms], *s.in_weights[ins], *s.in_biases[ins],
                     *s.up_weights[up], *s.up_biases[up], s.out_weights[i], s.out_biases[i], s.down_weights[i],
-                    s.down_biases[i], s.key_caches[i], s.value_caches[i], s.lengths[i] if s.lengths else None,
+                    s.down_biases[i], s.q_norm_weights[i] if s.q_norm_weights else None,
+                    s.k_norm_weights[i] if s.k_norm_weights else None, s.key_caches[i], s.value_caches[i], s.lengths[i] if s.lengths else None,
                     s.masks[i if len(s.masks) > 1 else 0]]  # fmt: skip
     return numbers + struct.pack(f"={len(tensors)}q", *map(at, tensors)), x
 

@@ -9,11 +9,16 @@ SLICE = 256  # columns that a warp reads at once
 ROUND = 128  # rows of a block whose sums are kept at a time
 MAX_CHUNK = 24576  # bytes of a slot
 MAX_VECTOR = 64  # fp32 registers of a thread for the vector that is multiplied
-MAX_SPLITS = 32
+MAX_SPLITS = 16
+MAX_SLOTS = 64
 ATTENTION_WARPS = 4
+MATRIX_WARPS = (8, 9, 10)  # of which one is chosen: with the others, 16 warps may have 128 registers each
+KEYS = 61440  # bytes of the ring of keys and values; 0: none
+KEYS_EXPOSED = 32768  # where the next weight waits for attention, what is read ahead of it matters more
+KEYS_DEEP = 4  # keys of a slot for each of a warp's lanes
+MAX_QUERIES = 2  # heads of a task; more need more than 128 registers
 EVENTS = 16  # of a block and layer whose times are kept
 COUNTERS = 5  # lines of 128 bytes before the heads' counters
-PREFETCH = 0  # chunks beyond the ring that are asked for to the L2
 
 
 class Device(NamedTuple):
@@ -64,7 +69,7 @@ def _matrix_warps(columns: list[tuple[int, int]]) -> int:
             total += rows * -(-slices // warps) / groups
         return total * (1 + 0.02 * warps)
 
-    return min((8, 9, 10, 11), key=spent)
+    return min(MATRIX_WARPS, key=spent)
 
 
 def _chunk(columns: int, warps: int, limit: int) -> tuple[int, int]:
@@ -79,10 +84,16 @@ def _chunk(columns: int, warps: int, limit: int) -> tuple[int, int]:
     return 1, segments
 
 
+def _key_slot(head_dim: int) -> int:
+    """Bytes of a tile of keys and values."""
+    lanes = 1 << (head_dim // 8 - 1).bit_length()
+    return ATTENTION_WARPS * KEYS_DEEP * (32 // lanes) * head_dim * 4
+
+
 def plan(sizes: Sizes, device: Device, matrix_warps: int | None = None, max_chunk: int = MAX_CHUNK,
-         splits: int | None = None, round_rows: int = ROUND, max_slots: int = 64,
-         trace: bool = False) -> Plan | str:  # fmt: skip
-    """The constants of the kernel, or why it cannot be used."""
+         splits: int | None = None, round_rows: int = ROUND, max_slots: int = MAX_SLOTS, trace: bool = False,
+         keys: int | None = None, queries: int | None = None) -> Plan | str:  # fmt: skip
+    """The constants of the kernel, or why it cannot be used. keys: bytes of their ring. queries: heads of a task."""
     blocks, attended = device.multiprocessors, sizes.heads * sizes.head_dim
     rows = sum(sizes.in_rows) + sizes.inner * (2 if sizes.gated else 1)
     warps = matrix_warps or _matrix_warps([(sizes.width, rows), (attended, sizes.width), (sizes.inner, sizes.width)])
@@ -109,12 +120,20 @@ def plan(sizes: Sizes, device: Device, matrix_warps: int | None = None, max_chun
         return f"a chunk has {max(in_chunk.values())} rows; allowed: {round_rows}"
     if sizes.parallel and kept > min(rounds["OUT"], rounds["DOWN"]):
         return f"{sizes.width} rows on {blocks} multiprocessors are over {min(rounds['OUT'], rounds['DOWN'])} each"
-    rest = _rest_bytes(sizes, warps, round_rows, kept)
-    slots = min((device.shared_bytes - rest) // (slot + 16), max_slots)
+    keys = keys if keys is not None else KEYS if sizes.parallel else KEYS_EXPOSED
+    group = sizes.heads // sizes.kv_heads
+    queries = queries or next(n for n in range(MAX_QUERIES if keys else 1, 0, -1) if group % n == 0)
+    parts = splits or max(1, min(blocks * queries // sizes.heads, MAX_SPLITS))
+    rest = _rest_bytes(sizes, warps, round_rows, kept, queries, parts)
+    key_slot = _key_slot(sizes.head_dim)
+    key_slots = max(2, keys // key_slot) if keys else 0
+    room = device.shared_bytes - rest - max(key_slots, 1) * 16
+    slots = min((room - key_slots * key_slot) // (slot + 16), max_slots)
     if slots < 3:
         return f"{device.shared_bytes} bytes of shared memory hold {slots} chunks of {slot} bytes; needed: 3"
-    rest += 16 * slots
-    parts = splits or max(1, min(blocks // sizes.heads, MAX_SPLITS))
+    if key_slots and max_slots == MAX_SLOTS:  # what is too little for a slot
+        key_slots += (room - slots * (slot + 16) - key_slots * key_slot) // (key_slot + 16)
+    rest += 16 * (slots + max(key_slots, 1))
     padded = [-(-n // 64) * 64 for n in (*sizes.in_rows, 0, 0)][:3]
     constants = {
         "CTAS": blocks, "LAYERS": sizes.layers, "WIDTH": sizes.width, "HEADS": sizes.heads,
@@ -122,7 +141,7 @@ def plan(sizes: Sizes, device: Device, matrix_warps: int | None = None, max_chun
         "PROJECTIONS": len(sizes.in_rows), "PARALLEL": int(sizes.parallel), "GATED": int(sizes.gated),
         "ROTARY": sizes.rotary_dim, "MATRIX_WARPS": warps, "ATTENTION_WARPS": ATTENTION_WARPS, "ROUND": round_rows,
         "KEPT_ROWS": kept if sizes.parallel else 1, "SLOTS": slots, "SLOT_BYTES": slot, "REST_BYTES": rest,
-        "SPLITS": parts, "PREFETCH": PREFETCH,
+        "SPLITS": parts, "QUERIES": queries, "KEY_SLOTS": key_slots, "KEY_SLOT_BYTES": key_slot,
     }  # fmt: skip
     for i, (count, with_padding) in enumerate(zip((*sizes.in_rows, 0, 0), padded, strict=False)):
         constants |= {f"IN_ROWS_{i}": count, f"IN_ROWS_{i}_PADDED": with_padding}
@@ -135,22 +154,24 @@ def plan(sizes: Sizes, device: Device, matrix_warps: int | None = None, max_chun
     at = counters
     for name, size in (("STREAM", 4 * sizes.width + 256), ("PROJECTED", 2 * sum(padded)), ("INNER", 2 * sizes.inner),
                        ("ATTENDED", 2 * attended),
-                       ("PARTIAL", 4 * sizes.heads * parts * (sizes.head_dim + 2))):  # fmt: skip
+                       ("PARTIAL", 4 * sizes.heads * parts * (sizes.head_dim + 4))):  # fmt: skip
         constants[f"{name}_AT"] = at
         at += -(-size // 128) * 128
     if trace:
         constants |= {"TRACE": 1, "TRACE_AT": at}
         at += blocks * sizes.layers * EVENTS * 8
     constants["STREAM_BYTES"] = -(-2 * sizes.width // 128) * 128
-    return Plan(constants, (warps + ATTENTION_WARPS + 1) * 32, slots * slot + rest, at, counters)
+    threads = (warps + ATTENTION_WARPS + (2 if key_slots else 1)) * 32
+    return Plan(constants, threads, slots * slot + key_slots * key_slot + rest, at, counters)
 
 
-def _rest_bytes(sizes: Sizes, warps: int, round_rows: int, kept: int) -> int:
-    """Shared memory behind the ring, but for its barriers; the kernel asserts that it is enough."""
+def _rest_bytes(sizes: Sizes, warps: int, round_rows: int, kept: int, queries: int, parts: int) -> int:
+    """Shared memory behind the rings, but for their barriers; the kernel asserts that it is enough."""
     stride = warps | 1
     sums = 2 * (2 if sizes.gated else 1) * round_rows * stride + (kept if sizes.parallel else 1) * stride
     tables = 4 * max(sizes.rotary_dim // 2, 1)
-    return 4 * (sums + 2 * warps + tables + ATTENTION_WARPS * (sizes.head_dim + 4) + 8) + 64
+    joined = queries * (ATTENTION_WARPS * (sizes.head_dim + 2) + 2 * parts) + 3 * ATTENTION_WARPS
+    return 4 * (sums + 2 * warps + tables + joined + 1) + 24 * sizes.layers + 64
 
 
 def _shifts(sizes: Sizes, blocks: int) -> dict[str, int]:

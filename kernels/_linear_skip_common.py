@@ -36,6 +36,7 @@ class Spec(NamedTuple):
     out_dtype: torch.dtype
     a_of: str = _pointwise.IDENTITY
     b_of: str = _pointwise.IDENTITY
+    one_pass: bool = False
 
 
 def _require(ok: bool, argument: str, value: object, allowed: str) -> None:
@@ -150,8 +151,13 @@ def slopes(a: Tensor | float, b: Tensor | float, mode: str) -> tuple[Tensor | fl
 
 def into_coefficient(full: Tensor, tensor: Tensor, number: float, of: str) -> Tensor:
     """The gradient of a coefficient's tensor, from that of its value at each element."""
-    found = summed(full, tensor.shape) * number
-    slope = _pointwise.slope(of, tensor.to(full.dtype))
+    return through_coefficient(summed(full, tensor.shape), tensor, number, of)
+
+
+def through_coefficient(found: Tensor, tensor: Tensor, number: float, of: str) -> Tensor:
+    """The gradient of a coefficient's tensor, from that of the coefficient."""
+    slope = _pointwise.slope(of, tensor.to(found.dtype))
+    found = found if number == 1 else found * number
     return found if slope is None else found * slope
 
 

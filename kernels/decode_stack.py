@@ -21,6 +21,8 @@ No Bubbles!").
 - lengths: one int64 without dimensions a layer, each a tensor of its own, in [0, S), counted up in place; or an empty
   list, and positions [1] of integers in [0, S).
 - masks: one for all layers or one a layer, boolean [1, 1, 1, S], any strides: True attends.
+- q_norm_weights, k_norm_weights: empty, or a tensor [head_dim] a layer: each head of q and k goes through an RMSNorm
+  with qk_eps and the weight + qk_weight_offset before its angles turn it; rounded once, behind both.
 - norm "layer" or "rms", activation "gelu", "gelu_tanh" or "silu".
 - Returns [1, 1, V], or [1, 1, K] without head_weight: fp32 arithmetic. Bitwise the same in repeated runs. No gradient.
 - Raises ValueError, naming the argument, its value and what is allowed. A position outside of the cache is not written
@@ -87,10 +89,22 @@ class Stack(NamedTuple):
     cos_lanes: Sequence[int]
     sin_lanes: Sequence[int]
     scale: float
+    q_norm_weights: Some = ()
+    k_norm_weights: Some = ()
+    qk_eps: float = 0.0
+    qk_weight_offset: float = 0.0
 
     @property
     def layers(self) -> int:
         return len(self.out_weights)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None | SomeOrNone, ...]:
+        return (*self[:22], self.q_norm_weights, self.k_norm_weights)  # type: ignore[return-value]
+
+    @property
+    def options(self) -> tuple[object, ...]:
+        return (*self[22:37], self.qk_eps, self.qk_weight_offset)
 
     @property
     def spec(self) -> Spec:
@@ -110,6 +124,12 @@ def check(s: Stack) -> None:
     _need(s.kv_heads > 0 and s.heads % s.kv_heads == 0, "kv_heads", s.kv_heads, f"a divisor of heads = {s.heads}")
     _check_weights(s)
     _check_caches(s)
+    _need(len(s.q_norm_weights) in (0, s.layers), "len(q_norm_weights)", len(s.q_norm_weights), f"0 or {s.layers}")
+    _need(len(s.k_norm_weights) == len(s.q_norm_weights), "len(k_norm_weights)", len(s.k_norm_weights),
+          f"as many as q_norm_weights: {len(s.q_norm_weights)}")  # fmt: skip
+    for name, weights in (("q", s.q_norm_weights), ("k", s.k_norm_weights)):
+        for weight in weights:
+            _check_vectors(weight, None, s.head_dim, f"{name}_norm")
     rotary = s.rotary_dim
     _need(0 <= rotary <= s.head_dim and rotary % 2 == 0, "rotary_dim", rotary, f"even, 0 to head_dim = {s.head_dim}")
     check_tables("decode_stack", s.x.unsqueeze(2), s.cos, s.sin, s.spec)
@@ -221,7 +241,8 @@ def _attended(s: Stack, layer: int, projected: Some) -> Tensor:
     out = attention(
         q, k, v, s.cos, s.sin, s.key_caches[layer], s.value_caches[layer], s.lengths[layer] if s.lengths else None,
         s.positions, s.masks[layer if len(s.masks) > 1 else 0], s.rotary_dim, s.interleaved, s.cos_lanes, s.sin_lanes,
-        s.scale,
+        s.scale, False, s.q_norm_weights[layer] if s.q_norm_weights else None,
+        s.k_norm_weights[layer] if s.k_norm_weights else None, s.qk_eps, s.qk_weight_offset,
     )  # fmt: skip
     return out.reshape(1, 1, s.heads * s.head_dim)
 
@@ -257,8 +278,9 @@ def _forward(x: Tensor, norm_weights: Sequence[Tensor | None], norm_biases: Sequ
              head_norm_weight: Tensor | None, head_norm_bias: Tensor | None, head_weight: Tensor | None,
              head_bias: Tensor | None, parallel: bool, norm: str, eps: float, weight_offset: float, activation: str,
              gated: bool, heads: int, kv_heads: int, head_dim: int, layout: Sequence[int], rotary_dim: int,
-             interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int],
-             scale: float) -> Tensor:  # fmt: skip
+             interleaved: bool, cos_lanes: Sequence[int], sin_lanes: Sequence[int], scale: float,
+             q_norm_weights: Sequence[Tensor], k_norm_weights: Sequence[Tensor], qk_eps: float,
+             qk_weight_offset: float) -> Tensor:  # fmt: skip
     s = Stack(**locals())
     kernel = found(s, check)
     return reference(*s) if kernel is None else kernel.launch(s)

@@ -16,6 +16,7 @@ operands, a tiled one of Triton's tutorials. Both have fp32 sums, combined befor
 - a, b: any that broadcast to x (one number a sample, a token, a channel, or all), any strides, or None for 1.
 - a_of, b_of: functions that a and b are taken through first, as text (`_pointwise`): c_skip(t) of t itself.
 - alpha, beta: numbers. Where a coefficient is 0 the product with 0 stays in: inf and NaN come through.
+- one_pass: the gradient reads what its sums and products share in one pass (`linear_skip_backward`), where it can.
 - save_linear: also return the linear layer's result, in y's dtype, for the gradient of b; without it that gradient
   computes the product once more.
 - Returns (out in out_dtype, contiguous in x's shape; linear in x's shape or empty).
@@ -53,6 +54,7 @@ from ._linear_skip_common import (
 from ._linear_skip_hopper import kind, rank3, strides
 from ._linear_skip_tile import kernel
 from ._ops import define_op, define_opaque_op, on_device_of, triton, wrap_triton
+from .linear_skip_backward import gradients, why_not
 
 OPERANDS = len(Operands._fields)
 
@@ -100,7 +102,8 @@ def supports(t: Operands, spec: Spec) -> str | None:
 
 def reference(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
               alpha: float, beta: float, mode: str, save_linear: bool,
-              out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x") -> tuple[Tensor, Tensor]:  # fmt: skip
+              out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x",
+              one_pass: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op in plain torch, with its arguments: differentiable, compilable, float64 for float64 inputs."""
     t = Operands(y, weight, bias, x, a, b)
     dtype = acc_dtype(t)
@@ -127,7 +130,8 @@ def _results(t: Operands, spec: Spec) -> tuple[Tensor, Tensor]:
 
 def _forward(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
              alpha: float, beta: float, mode: str, save_linear: bool,
-             out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x") -> tuple[Tensor, Tensor]:  # fmt: skip
+             out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x",
+             one_pass: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
     t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype, a_of, b_of)
     check(t, spec)
     if supports(t, spec) is not None:
@@ -167,7 +171,8 @@ hopper_config: _hopper_gemm.Config | bool | None = None
 
 def _by_either(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
                alpha: float, beta: float, mode: str, save_linear: bool,
-               out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x") -> tuple[Tensor, Tensor]:  # fmt: skip
+               out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x",
+               one_pass: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
     t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype, a_of, b_of)
     if hopper_config is not False and x.numel() > 0:
         out, linear = _results(t, spec)
@@ -179,7 +184,8 @@ def _by_either(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Ten
 
 def _by_either_fake(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
                     alpha: float, beta: float, mode: str, save_linear: bool,
-                    out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x") -> tuple[Tensor, Tensor]:  # fmt: skip
+                    out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x",
+                    one_pass: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _results(Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype, a_of, b_of))
 
 
@@ -192,7 +198,8 @@ linear_skip = define_op("torch_fuse::linear_skip", _forward)
 @linear_skip.register_fake
 def _fake(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tensor | None, b: Tensor | None,
           alpha: float, beta: float, mode: str, save_linear: bool,
-          out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x") -> tuple[Tensor, Tensor]:  # fmt: skip
+          out_dtype: torch.dtype, a_of: str = "x", b_of: str = "x",
+          one_pass: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
     t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype, a_of, b_of)
     check(t, spec)
     return _results(t, spec)
@@ -221,28 +228,34 @@ def _backward(ctx: Any, grad: Tensor | None, _linear: Tensor | None) -> tuple[An
         return (None,) * (OPERANDS + len(ctx.spec))
     y, weight, bias, x, a, b, linear = ctx.saved_tensors
     spec, (into_y, into_weight, into_bias, into_x, into_a, into_b) = ctx.spec, ctx.needs_input_grad[:OPERANDS]
-    wide = grad.to(ctx.dtype)
+    wide, again = grad.to(ctx.dtype), torch.is_grad_enabled()
     by_x, by_linear = slopes(
         coefficient(a, spec.alpha, ctx.dtype, spec.a_of), coefficient(b, spec.beta, ctx.dtype, spec.b_of), spec.mode
     )
+    if into_b and (ctx.recompute or again):
+        linear = F.linear(y, weight, bias).reshape(grad.shape)
     found: list[Tensor | None] = [None] * OPERANDS
-    if into_y or into_weight or into_bias:
-        full = scaled(wide, by_linear)
-        flat = full.to(weight.dtype).reshape(-1, weight.shape[0])
+    found[3] = scaled(wide, by_x) if into_x else None
+    flat: Tensor | None = None
+    shared, wanted = (grad, x, linear, a, b, spec), (into_bias, into_a, into_b)
+    one = spec.one_pass and not again and ctx.dtype == torch.float32  # the pass has no gradient of its own
+    if one and (into_y or into_weight) and why_not(*shared, wanted) is None:
+        flat, found[2], found[4], found[5] = gradients(*shared, wanted, weight.dtype)
+    else:
+        if into_y or into_weight or into_bias:
+            full = scaled(wide, by_linear)
+            flat, found[2] = full.to(weight.dtype), summed(full, full.shape[-1:]) if into_bias else None
+        if into_a:
+            found[4] = into_coefficient(wide * x, a, spec.alpha, spec.a_of)
+        if into_b:
+            towards = linear.to(ctx.dtype)
+            if spec.mode != "sum":
+                towards = x - towards if spec.mode.endswith("back") else towards - x
+            found[5] = into_coefficient(wide * towards, b, spec.beta, spec.b_of)
+    if flat is not None:
+        flat = flat.reshape(-1, weight.shape[0])
         found[0] = (flat @ weight).reshape(ctx.y_shape) if into_y else None
         found[1] = flat.t() @ y.reshape(-1, weight.shape[1]) if into_weight else None
-        found[2] = summed(full, full.shape[-1:]) if into_bias else None
-    if into_x:
-        found[3] = scaled(wide, by_x)
-    if into_a:
-        found[4] = into_coefficient(wide * x, a, spec.alpha, spec.a_of)
-    if into_b:
-        if ctx.recompute or torch.is_grad_enabled():
-            linear = F.linear(y, weight, bias).reshape(grad.shape)
-        towards = linear.to(ctx.dtype)
-        if spec.mode != "sum":
-            towards = x - towards if spec.mode.endswith("back") else towards - x
-        found[5] = into_coefficient(wide * towards, b, spec.beta, spec.b_of)
     return *(None if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes, strict=True)), *[None] * len(
         spec
     )

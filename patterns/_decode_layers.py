@@ -23,7 +23,7 @@ _MOST_LEFT_OVER = 64
 
 
 class Geometry(NamedTuple):
-    """What is the same in all layers of a stack: `decode_stack`'s last arguments, in its order."""
+    """What is the same in all layers of a stack: `decode_stack`'s options, in its order."""
 
     parallel: bool
     norm: str
@@ -40,6 +40,8 @@ class Geometry(NamedTuple):
     cos_lanes: tuple[int, ...]
     sin_lanes: tuple[int, ...]
     scale: float
+    qk_eps: float
+    qk_weight_offset: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Layer:
         out: the stream behind it.
         geometry: its constants.
         weights: `decode_stack`'s lists, by name: what this layer adds to each.
+        head_norms: weights of the norms of query and key, or two times None.
         tables: cos and sin, or two times None.
         caches: of keys and values.
         length: the counter of the tokens in the caches, which the op counts up; None when `positions` are given.
@@ -65,6 +68,7 @@ class Layer:
     out: Node
     geometry: Geometry
     weights: dict[str, tuple[Node | None, ...]]
+    head_norms: tuple[Node | None, Node | None]
     tables: tuple[Node | None, Node | None]
     caches: tuple[Node, Node]
     length: Node | None
@@ -100,8 +104,6 @@ def match_layer(attention: Node) -> Layer:
     """
     a = _arguments(attention, decode_attention)
     nodes = {attention}
-    if a.q_weight is not None or a.k_weight is not None:
-        raise Miss("query and key go through norms of their heads, which the stack does not have", attention)
     heads, kv_heads, head_dim = _sizes(a, attention)
     sources = [_projection(x, nodes) for x in (a.q, a.k, a.v)]
     outputs = list(dict.fromkeys(output for output, _ in sources))
@@ -141,6 +143,7 @@ def match_layer(attention: Node) -> Layer:
         Geometry(
             parallel, first.norm, first.eps, first.weight_offset, up.activation, bool(second.gated), heads, kv_heads,
             head_dim, layout, a.rotary_dim, a.interleaved, tuple(a.cos_lanes), tuple(a.sin_lanes), a.scale,
+            a.norm_eps, a.norm_offset,
         ),
         {
             "norm_weights": (ins[0].norm[0], up.norm[0]), "norm_biases": (ins[0].norm[1], up.norm[1]),
@@ -150,7 +153,7 @@ def match_layer(attention: Node) -> Layer:
             "out_weights": (out[0][0],), "out_biases": (out[0][1],),
             "down_weights": (down[0],), "down_biases": (down[1],),
         },
-        (a.cos, a.sin), (a.key_cache, a.value_cache), a.length, a.positions, a.mask, frozenset(nodes),
+        (a.q_weight, a.k_weight), (a.cos, a.sin), (a.key_cache, a.value_cache), a.length, a.positions, a.mask, frozenset(nodes),
     )  # fmt: skip
 
 
@@ -159,6 +162,7 @@ def tensors_of(layer: Layer) -> Iterator[tuple[str, Node | None]]:
     for name, nodes in layer.weights.items():
         for node in nodes:
             yield name, node
+    yield from zip(("q_norm_weights", "k_norm_weights"), layer.head_norms, strict=True)
     yield from zip(("cos", "sin"), layer.tables, strict=True)
     yield from zip(("key_caches", "value_caches"), layer.caches, strict=True)
     yield "lengths", layer.length

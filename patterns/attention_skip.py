@@ -11,7 +11,8 @@ wider ones a product that is 20 % slower than the GEMM library's costs more than
 the device and may need gradients. Where a norm follows a sum with a plain x, `gated_residual_norm` and Inductor take
 the sum with it. Coefficients that are elementwise functions of one tensor, as c_skip(t), are computed in the epilogue,
 too. Measured on Hopper (32,768 x 768: 75 against 109 us; 4,096 x 512: 8.3 against 12.1); only with
-options["unmeasured"]: other GPUs, coefficients of [B, 1, N], and functions where gradients are wanted.
+options["unmeasured"]: other GPUs, coefficients of [B, 1, N], functions where gradients are wanted, and
+the gradient that reads what its sums share in one pass.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class AttentionSkip(Pattern):
         functions = match.bindings["functions"] if inside else (None, None)
         a, b = (_emit(c, of, builder) for c, of in zip((skip.a, skip.b), functions, strict=True))
         a_of, b_of = ("x" if of is None else of.function for of in functions)
-        spec = spec._replace(a_of=a_of, b_of=b_of)
+        spec = spec._replace(a_of=a_of, b_of=b_of, one_pass=options.unmeasured)
         found = builder.call(op, linear.input, weight, linear.bias, skip.x, a, b, *spec)
         return {skip.node: builder.call(operator.getitem, found, 0)}
 

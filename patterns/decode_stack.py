@@ -32,12 +32,11 @@ from torch_fuse.options import Options
 from torch_fuse.patterns import _decode_stack_examples as examples
 from torch_fuse.patterns._decode_head import Head, match_head
 from torch_fuse.patterns._decode_layers import Geometry, Layer, is_call, match_layer, tensors_of
+from torch_fuse.patterns.decode_norm_linear import unmeasured
 from torch_fuse.rewrite.builder import Builder
 from torch_fuse.rewrite.pattern import Example, Match, Pattern
 from torch_fuse.rewrite.registry import register
 from torch_fuse.rewrite.view import GraphView
-
-MEASURED = False  # whether it is known to win where its kernel runs
 
 
 @register
@@ -65,8 +64,9 @@ class DecodeStack(Pattern):
     def check(self, match: Match, options: Options) -> str | None:
         if options.kernels == "reference":
             return None
-        if not (MEASURED or options.unmeasured):
-            return "a decoding step is not measured to win yet"
+        stream = match.bindings["layers"][0].stream
+        if not options.unmeasured and (reason := unmeasured(stream)):
+            return reason
         with no_guards(match.bindings["mode"]):
             reason = decode_stack.supports(*match.bindings["fake"])
         return None if reason is None else f"the kernel cannot run: {reason}"
@@ -229,6 +229,7 @@ def _arguments(layers: list[Layer], head: Head | None, lengths: list[Any]) -> li
     """The op's arguments; masks that are one are given once."""
     lists = {name: [node for layer in layers for node in layer.weights[name]] for name in layers[0].weights}
     masks = list(dict.fromkeys(layer.mask for layer in layers))
+    options = [list(x) if isinstance(x, tuple) else x for x in layers[0].geometry]
     return [
         layers[0].stream,
         *lists.values(),
@@ -238,7 +239,9 @@ def _arguments(layers: list[Layer], head: Head | None, lengths: list[Any]) -> li
         None if lengths else layers[0].positions,
         masks if len(masks) == 1 else [layer.mask for layer in layers],
         *((None,) * 4 if head is None else head.arguments),
-        *(list(x) if isinstance(x, tuple) else x for x in layers[0].geometry),
+        *options[:-2],
+        *([] if layers[0].head_norms[i] is None else [layer.head_norms[i] for layer in layers] for i in (0, 1)),
+        *options[-2:],
     ]
 
 

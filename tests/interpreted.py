@@ -16,6 +16,7 @@ from spelled import Block, Spelling, make_input
 from torch import Tensor
 
 from torch_fuse import Options
+from torch_fuse.kernels import linear_skip_backward
 from torch_fuse.patterns import (
     _attention_skip_examples,
     _gated_residual_norm_examples,
@@ -111,6 +112,7 @@ def main() -> None:
         )
         results[name] = compare(model, inputs, options=AUTO, draws=2)
     attention_skip.MIN_ROWS = 1
+    linear_skip_backward.MIN_LENGTH = 1
     for name in ("rcm", "layer_scale", "conv1d", "lerp", "written_out_lerp_back"):
         made = _attention_skip_examples.make(getattr(_attention_skip_examples, name), torch.float16)
         results[name] = compare(*made, options=AUTO, draws=2)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from torch_fuse import Options
+from torch_fuse.kernels import linear_skip
 from torch_fuse.kernels._ops import INTERPRETED
 from torch_fuse.patterns import _attention_skip_examples as examples
 from torch_fuse.rewrite.engine import rewrite
@@ -68,7 +69,9 @@ def sites(model: nn.Module, inputs: Any, options: Options = OPTIONS, grad: bool 
     def backend(gm: Any, example_inputs: Any) -> Any:
         outcome = rewrite(gm, options, patterns())
         found.extend(site for site in outcome.report.sites if site.kind == "combine")
-        calls.extend(node.args for node in outcome.gm.graph.nodes if "linear_skip" in str(node.target))
+        for node in outcome.gm.graph.nodes:  # the op, or its reference
+            if "linear_skip" in f"{node.target} {getattr(node.target, '__module__', '')}":
+                calls.append(node.args)
         return (outcome.original or gm).forward
 
     torch._dynamo.reset()
@@ -143,6 +146,12 @@ def test_what_is_fused_reads_the_attention_and_writes_the_result_once() -> None:
     attention, x, result = op.args[0], op.args[3], next(iter(op.users))
     assert (attention.name, x.op) == ("attention", "placeholder")
     assert [user.op for user in result.users] == ["output"]
+
+
+@pytest.mark.parametrize("unmeasured", [False, True])
+def test_the_gradient_is_taken_in_one_pass_only_where_unmeasured_is_asked(unmeasured: bool) -> None:
+    _, (call,) = sites(*build(examples.rcm), dataclasses.replace(OPTIONS, unmeasured=unmeasured))
+    assert linear_skip.Spec(*call[linear_skip.OPERANDS :]).one_pass is unmeasured
 
 
 # -- what the combination promises -------------------------------------------------------------------------------------

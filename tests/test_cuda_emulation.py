@@ -206,3 +206,36 @@ def test_sixteen_bit_floats_round_as_torch() -> None:
         (bback, x.bfloat16().float()),
     ):
         assert torch.equal(mine.nan_to_num(nan=7.0), theirs.nan_to_num(nan=7.0))
+
+
+PRODUCT = r"""
+#include "primitives.cuh"
+extern "C" __global__ void product(const uint32_t* a, const uint32_t* b, float* c) {
+  const unsigned row = lane() / 4, column = lane() % 4;  // pairs of elements: a [16, 16], b's columns [8, 16]
+  const uint32_t found[4] = {a[row * 8 + column], a[(row + 8) * 8 + column], a[row * 8 + column + 4],
+                             a[(row + 8) * 8 + column + 4]};
+  float sums[4];
+  for (int i = 0; i < 4; i++) sums[i] = c[(row + i / 2 * 8) * 8 + column * 2 + i % 2];
+  for (int i = 0; i < 2; i++) multiply_16x8x16<BF16>(sums, found, b[row * 8 + column], b[row * 8 + column + 4]);
+  for (int i = 0; i < 4; i++) c[(row + i / 2 * 8) * 8 + column * 2 + i % 2] = sums[i];
+}
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_warp_multiplies_matrices(dtype: torch.dtype) -> None:
+    source = PRODUCT.replace("BF16", str(int(dtype == torch.bfloat16)))
+    torch.manual_seed(0)
+    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(8, 16).to(dtype), torch.randn(16, 8)
+    a[3] *= 2.0**-24 if dtype == torch.float16 else 1  # numbers near 0 count
+    wanted = c + 2 * (a.float() @ b.float().t())
+    EmulatedKernel(source, "product")(1, 32, 16, [a, b, c], seed=3)
+    assert torch.allclose(c, wanted, atol=1e-5)
+
+
+def test_lanes_that_leave_a_product_out_are_found() -> None:
+    source = PRODUCT.replace("BF16", "false").replace("for (int i = 0; i < 2; i++) m", "if (row > 0) m")
+    with pytest.raises(EmulationError, match=r"product of the warp|deadlock"):
+        EmulatedKernel(source, "product")(
+            1, 32, 16, [torch.zeros(16, 16).half(), torch.zeros(8, 16).half(), torch.zeros(16, 8)]
+        )

@@ -14,6 +14,7 @@ from transformers import StaticCache
 
 from torch_fuse import Options
 from torch_fuse.kernels import linear_residual_gemv, norm_linear_gemv
+from torch_fuse.patterns import decode_norm_linear
 
 OPS = ("decode_attention", "decode_norm_linear", "decode_linear_residual")
 LAYERS = 2
@@ -105,6 +106,16 @@ def test_inductor_takes_the_step_as_it_is() -> None:
     shape = (1, config.num_key_value_heads, 32, config.hidden_size // config.num_attention_heads)
     assert f", {shape}, " in code
     assert f"empty_strided_cpu({shape}" not in code
+
+
+def test_a_step_is_measured_in_16_bits_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = torch.fx.Graph()
+    half, full = graph.placeholder("half"), graph.placeholder("full")
+    half.meta["example_value"], full.meta["example_value"] = torch.empty(1, 16).half(), torch.empty(1, 16)
+    assert "cpu" in (decode_norm_linear.unmeasured(half) or "")
+    monkeypatch.setattr(decode_norm_linear, "not_hopper", lambda device: None)
+    assert decode_norm_linear.unmeasured(half) is None
+    assert "torch.float32" in (decode_norm_linear.unmeasured(full) or "")
 
 
 def test_a_prefill_is_left_alone() -> None:

@@ -62,7 +62,7 @@ def left(rewriter: Rewriter) -> list[str]:
     return [name for name in names if any(op in name for op in ("decode_attention", "norm_linear", "linear_residual"))]
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "Qwen3"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_models_step_is_one_op_and_agrees_for_two_caches_in_turn(name: str) -> None:
     model, rewriter = build(name), Rewriter()
     same_steps(model, rewritten(model, rewriter), batch=1, new=1, prompts=(7, 4))
@@ -73,11 +73,14 @@ def test_a_models_step_is_one_op_and_agrees_for_two_caches_in_turn(name: str) ->
     assert not left(rewriter), rewriter.report
 
 
-def test_a_step_with_norms_of_query_and_key_keeps_the_single_ops() -> None:
+def test_norms_of_query_and_key_belong_to_the_stack() -> None:
     model, rewriter = build("Qwen3"), Rewriter()
-    same_steps(model, rewritten(model, rewriter), batch=1, new=1, prompts=(7, 4))
-    assert not stacks(rewriter) and left(rewriter)
-    assert any("norms of their heads" in site.reason for site in rewriter.report.sites if site.pattern == PATTERN)
+    same_steps(model, rewritten(model, rewriter), batch=1, new=1, prompts=(7, 4), steps=1)
+    (stack,) = stacks(rewriter)
+    layers = model.config.num_hidden_layers
+    assert len(stack.q_norm_weights) == len(stack.k_norm_weights) == layers
+    assert len({*stack.q_norm_weights, *stack.k_norm_weights}) == 2 * layers
+    assert stack.qk_eps == model.config.rms_norm_eps and stack.qk_weight_offset == 0.0
 
 
 def test_the_sites_of_the_ops_inside_are_reported_as_parts_of_the_stack() -> None:

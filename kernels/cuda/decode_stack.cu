@@ -7,6 +7,7 @@
 //   of a row are added in one order. All blocks meet where a vector is complete: after the MLP's activation and after
 //   the layer (parallel residual), and twice more otherwise.
 // - attention warps take (head, part of the keys) tasks beside them. Who ends a head's last part adds the parts up.
+// - a second producer copies the tasks' keys and values into another ring, also ahead of the layers.
 //
 // Nothing is added by atomics but counters, which only grow; the launch begins with zeros there.
 
@@ -16,20 +17,28 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_stack(const __grid_constant__ Arguments a) {
   extern __shared__ __align__(128) unsigned char shared[];
-  Rest& rest = *reinterpret_cast<Rest*>(shared + SLOTS * SLOT_BYTES);
+  unsigned char* key_slots = shared + SLOTS * SLOT_BYTES;
+  Rest& rest = *reinterpret_cast<Rest*>(key_slots + KEY_SLOTS * KEY_SLOT_BYTES);
   if (threadIdx.x == 0) {
     for (int i = 0; i < SLOTS; ++i) {
       mbarrier_init(&rest.full[i], 1);
       mbarrier_init(&rest.empty[i], MATRIX_WARPS);
     }
+    for (int i = 0; i < KEY_SLOTS; ++i) {
+      mbarrier_init(&rest.keys_full[i], 1);
+      mbarrier_init(&rest.keys_empty[i], ATTENTION_WARPS);
+    }
+    for (int i = 0; i < MASKS; ++i) mbarrier_init(&rest.known[i], 1);
     mbarrier_fence_init();
   }
   __syncthreads();
   if (warp() < MATRIX_WARPS) {
     Matrix(a, shared, rest).run();
   } else if (warp() < MATRIX_WARPS + ATTENTION_WARPS) {
-    if (ATTENTION) attend(a, rest);
-  } else if (lane() == 0) {
-    produce(a, shared, rest);
+    if (ATTENTION) attend(a, key_slots, rest);
+  } else if (warp() == MATRIX_WARPS + ATTENTION_WARPS) {
+    if (lane() == 0) produce(a, shared, rest);
+  } else if (lane() == 0 && ATTENTION) {
+    produce_keys(a, key_slots, rest);
   }
 }

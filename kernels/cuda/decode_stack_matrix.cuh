@@ -46,48 +46,37 @@ class Matrix {
     up(layer, scaled);
     mark(layer, AT_UP);
 
-    uint16_t* y = layer == LAYERS - 1 && VOCAB == 0 ? a_.result : stream(layer % 2);
-    if constexpr (OUT_FIRST) {
-      both<Out, Down>(layer, l.out_bias, l.down_bias, x, y);
-    } else {
-      both<Down, Out>(layer, l.down_bias, l.out_bias, x, y);
+    // The MLP's second weight, then the output projection, for which attention has had all that time.
+    const Range r = rows_of(WIDTH, layer, SHIFT_OUT);
+    const bool own = static_cast<int>(threadIdx.x) < r.count;
+    const float bias = own ? or_zero(l.down_bias, r.first + threadIdx.x) : 0.0f;
+    {
+      Vector<Down> h;
+      inner(layer, h);
+      product<Down>(h, r.count, rest_.kept);
+      mark(layer, AT_FIRST);
     }
+    Vector<Out> vector;
+    attended(layer, vector);
+    uint16_t* y = layer == LAYERS - 1 && VOCAB == 0 ? a_.result : stream(layer % 2);
+    rows<1, Out>(vector, r, {l.out_bias}, x, COUNTER_STREAM, [&](int row, const float(&total)[1], float residual) {
+      y[row] = rounded(residual + total[0] + (added<Down>(rest_.kept) + bias));
+    });
     mark(layer, AT_OUT);
   }
 
-  // The MLP's second weight and the output projection, in this order or the other, and the residual x.
-  template <class First, class Second>
-  __device__ void both(int layer, const uint16_t* first_bias, const uint16_t* second_bias, const uint16_t* x,
-                       uint16_t* y) {
-    const Range r = rows_of(WIDTH, layer, SHIFT_OUT);
-    const bool own = static_cast<int>(threadIdx.x) < r.count;
-    const float bias = own ? or_zero(first_bias, r.first + threadIdx.x) : 0.0f;
-    {
-      Vector<First> vector;
-      input<First>(layer, vector);
-      product<First>(vector, r.count, rest_.kept);
-      mark(layer, AT_FIRST);
-    }
-    Vector<Second> vector;
-    input<Second>(layer, vector);
-    rows<1, Second>(vector, r, {second_bias}, x, COUNTER_STREAM, [&](int row, const float(&total)[1], float residual) {
-      const float kept = added<First>(rest_.kept) + bias;
-      y[row] = rounded(First::IS_OUT ? residual + kept + total[0] : residual + total[0] + kept);
-    });
+  // What the output projection multiplies.
+  __device__ void attended(int layer, Vector<Out>& vector) {
+    if (ATTENTION) wait(COUNTER_ATTENDED, (layer + 1) * (HEADS / QUERIES));
+    mark(layer, AT_ATTENDED);
+    widen_own<Out>(workspace(ATTENDED_AT), vector);
   }
 
-  // What the MLP's second weight or the output projection multiplies.
-  template <class W>
-  __device__ void input(int layer, Vector<W>& vector) {
-    if constexpr (W::IS_OUT) {
-      wait_for_attention(layer);
-      mark(layer, AT_ATTENDED);
-      widen_own<W>(workspace(ATTENDED_AT), vector);
-    } else {
-      wait(COUNTER_INNER, (layer + 1) * CTAS);
-      mark(layer, AT_INNER);
-      widen_own<W>(workspace(INNER_AT), vector);
-    }
+  // What the MLP's second weight multiplies.
+  __device__ void inner(int layer, Vector<Down>& vector) {
+    wait(COUNTER_INNER, (layer + 1) * CTAS);
+    mark(layer, AT_INNER);
+    widen_own<Down>(workspace(INNER_AT), vector);
   }
 
   __device__ void sequential_layer(int layer) {
@@ -106,9 +95,9 @@ class Matrix {
     mark(layer, AT_PROJECTED);
     uint16_t* y = stream(1);
     {
-      Vector<Out> attended;
-      input<Out>(layer, attended);
-      rows<1, Out>(attended, rows_of(WIDTH, layer, SHIFT_OUT), {l.out_bias}, x, COUNTER_MIDDLE,
+      Vector<Out> vector;
+      attended(layer, vector);
+      rows<1, Out>(vector, rows_of(WIDTH, layer, SHIFT_OUT), {l.out_bias}, x, COUNTER_MIDDLE,
                    [&](int row, const float(&total)[1], float residual) { y[row] = rounded(residual + total[0]); });
     }
     mark(layer, AT_OUT);
@@ -121,7 +110,7 @@ class Matrix {
     up(layer, vector);
     mark(layer, AT_UP);
     Vector<Down> h;
-    input<Down>(layer, h);
+    inner(layer, h);
     uint16_t* z = layer == LAYERS - 1 && VOCAB == 0 ? a_.result : stream(0);
     rows<1, Down>(h, rows_of(WIDTH, layer, SHIFT_DOWN), {l.down_bias}, y, COUNTER_STREAM,
                   [&](int row, const float(&total)[1], float residual) { z[row] = rounded(residual + total[0]); });
@@ -359,10 +348,6 @@ class Matrix {
   __device__ void wait(int which, unsigned goal) const {
     if (threadIdx.x == 0 && BARRIERS) grid_wait(counter(which), goal);
     meet();
-  }
-
-  __device__ void wait_for_attention(int layer) const {
-    if (ATTENTION) wait(COUNTER_ATTENDED, (layer + 1) * HEADS);
   }
 
   // The warps of the last `count` rows meet; what others wrote before is behind the last `meet`.

@@ -10,15 +10,13 @@
 #ifndef ATTENTION
 #define ATTENTION 1
 #endif
-#ifndef OUT_FIRST  // 1: of a parallel residual, the output projection comes before the MLP's second weight
-#define OUT_FIRST 0
-#endif
 #ifndef TRACE  // 1 to leave the times at which each block came to each EVENT behind the workspace
 #define TRACE 0
 #endif
 
 constexpr int MATRIX_THREADS = MATRIX_WARPS * 32, ATTENTION_THREADS = ATTENTION_WARPS * 32;
-constexpr int THREADS = MATRIX_THREADS + ATTENTION_THREADS + 32;
+constexpr bool KEYS_RING = KEY_SLOTS > 0;  // else attention warps load keys and values themselves
+constexpr int THREADS = MATRIX_THREADS + ATTENTION_THREADS + (KEYS_RING ? 64 : 32);
 constexpr int MATRIX_GROUP = 1, ATTENTION_GROUP = 2, WRITERS_GROUP = 3;
 constexpr int UPS = GATED ? 2 : 1;
 constexpr int STRIDE = MATRIX_WARPS | 1;  // of sums: threads that read rows side by side meet in no bank
@@ -41,6 +39,7 @@ struct Layer {
   const uint16_t* out_bias;
   const uint16_t* down_weight;
   const uint16_t* down_bias;
+  const uint16_t* head_norm[2];  // of queries and keys
   uint16_t* keys;
   uint16_t* values;
   int64_t* length;
@@ -59,7 +58,7 @@ struct Arguments {
   const uint16_t* head_bias;
   unsigned char* workspace;
   int64_t key_head, key_row, value_head, value_row, mask_step;  // strides in elements
-  float eps, weight_offset, scale, unused;                      // scale: with log2(e)
+  float eps, weight_offset, scale, head_eps, head_weight_offset, unused;  // scale: with log2(e)
   Layer layers[LAYERS];
 };
 
@@ -71,9 +70,8 @@ __device__ __forceinline__ void trace(const Arguments& a, int layer, Event event
 
 // How a weight [N, COLUMNS] is read: by chunks of ROWS * GROUPS rows, or, where a row is too long, by its SEGMENTS.
 // A slice of 256 columns is what a warp reads at once. WARPS share a row, each with PIECES slices of a segment.
-template <int COLUMNS_, int ROWS_, int SEGMENTS_, bool IS_OUT_ = false>
+template <int COLUMNS_, int ROWS_, int SEGMENTS_>
 struct Weight {
-  static constexpr bool IS_OUT = IS_OUT_;  // else two weights of the same sizes were the same
   static constexpr int COLUMNS = COLUMNS_, ROWS = ROWS_, SEGMENTS = SEGMENTS_;
   static constexpr int SLICES = (COLUMNS + 255) / 256, SEGMENT_SLICES = (SLICES + SEGMENTS - 1) / SEGMENTS;
   static constexpr int SEGMENT = SEGMENT_SLICES * 256 < COLUMNS ? SEGMENT_SLICES * 256 : COLUMNS;
@@ -103,7 +101,7 @@ struct Weight {
 };
 
 using In = Weight<WIDTH, IN_ROWS_OF_CHUNK, 1>;
-using Out = Weight<HEADS * HEAD_DIM, OUT_ROWS_OF_CHUNK, OUT_SEGMENTS, true>;
+using Out = Weight<HEADS * HEAD_DIM, OUT_ROWS_OF_CHUNK, OUT_SEGMENTS>;
 using Down = Weight<INNER, DOWN_ROWS_OF_CHUNK, DOWN_SEGMENTS>;
 
 struct Range {
@@ -124,15 +122,25 @@ __device__ __forceinline__ int shift_in(int i) { return i == 0 ? SHIFT_IN : i ==
 
 constexpr int PAIRS = ROTARY > 0 ? ROTARY / 2 : 1;
 
-// The shared memory behind the ring.
+// The keys that a mask keeps: `count` from `first` on; with holes, only some of them.
+struct Live {
+  int first, count, holes;
+};
+
+// The shared memory behind the rings.
 struct Rest {
   uint64_t full[SLOTS], empty[SLOTS];
+  uint64_t keys_full[KEYS_RING ? KEY_SLOTS : 1], keys_empty[KEYS_RING ? KEY_SLOTS : 1];
+  uint64_t known[MASKS];  // positions and a mask's live keys
+  Live live[MASKS];
+  int positions[LAYERS];  // of the token in the cache, or -1
   float sums[2][UPS][ROUND * STRIDE];  // of the rows of a round, and of the next
   float kept[KEPT_ROWS * STRIDE];      // of the MLP, until attention is there
   float statistics[2 * MATRIX_WARPS];
   float table[4][PAIRS];  // cos of a pair's first and second lane, sin of both
-  float merge[ATTENTION_WARPS][HEAD_DIM + 2];
-  int range[ATTENTION_WARPS][2];
+  float merge[QUERIES][ATTENTION_WARPS][HEAD_DIM + 2];
+  float parts[QUERIES * SPLITS][2];  // top score and sum of weights
+  int range[ATTENTION_WARPS][3];
   int last;
 };
 static_assert(!PARALLEL || KEPT_ROWS * CTAS >= WIDTH, "all of a block's rows are kept");

@@ -47,7 +47,7 @@ class Walker {
     }
     const Layer& layer = a_.layers[layer_];
     constexpr int UP_STEP = PARALLEL ? PROJECTIONS : PROJECTIONS + 1;
-    constexpr int OUT_STEP = !PARALLEL ? PROJECTIONS : OUT_FIRST ? PROJECTIONS + 1 : PROJECTIONS + 2;
+    constexpr int OUT_STEP = PARALLEL ? PROJECTIONS + 2 : PROJECTIONS;
     if (step_ < PROJECTIONS) {
       const Range r = rows_of(in_rows(step_), layer_, shift_in(step_));
       span_ = span_of<In>(layer.in_weight[step_], r.first, r.count);
@@ -78,25 +78,19 @@ class Walker {
   int layer_ = 0, step_ = 0, up_ = 0, row_ = 0, column_ = 0;
 };
 
-// One thread. PREFETCH chunks ahead of the ring are asked for to the L2.
+// One thread.
 __device__ void produce(const Arguments& a, unsigned char* slots, Rest& rest) {
-  Walker walker(a), ahead(a);
+  Walker walker(a);
   const void* source;
   unsigned bytes;
   int slot = 0;
   unsigned parity = 1;
-  bool filled = false;  // the ring, for the first time
   while (walker.next(source, bytes)) {
     mbarrier_wait(&rest.empty[slot], parity);
     mbarrier_expect(&rest.full[slot], bytes);
     bulk_load(slots + slot * SLOT_BYTES, source, bytes, &rest.full[slot]);
-    if (PREFETCH > 0 && filled && ahead.next(source, bytes)) bulk_prefetch(source, bytes);
     if (++slot < SLOTS) continue;
     slot = 0;
     parity ^= 1;
-    for (int i = 0; i < SLOTS + PREFETCH && PREFETCH > 0 && !filled; ++i) {
-      if (ahead.next(source, bytes) && i >= SLOTS) bulk_prefetch(source, bytes);
-    }
-    filled = true;
   }
 }

@@ -93,11 +93,6 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, unsi
       : "memory");
 }
 
-// Asks for bytes to be brought to the L2; nothing waits for them.
-__device__ __forceinline__ void bulk_prefetch(const void* global, unsigned bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 // Reads what nobody writes during the launch. In program order with the waits around, so it can be asked for early.
 __device__ __forceinline__ uint4 load_stream(const uint4* p) {
   uint4 v;
@@ -172,6 +167,11 @@ __device__ __forceinline__ unsigned grid_add(unsigned* counter) {
   return before;
 }
 
+// A launch may be allowed to begin before the one before it has ended: what that one wrote is there after
+// `wait_for_earlier_launch`, which every block has to come to. `allow_next_launch` lets the next one begin.
+__device__ __forceinline__ void wait_for_earlier_launch() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void allow_next_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 __device__ __forceinline__ float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
 // ---- 16-bit floats, rounded to nearest even
@@ -204,4 +204,34 @@ __device__ __forceinline__ float2 halves_to_floats(uint32_t x) {
 }
 __device__ __forceinline__ float2 bfloats_to_floats(uint32_t x) {
   return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+}
+
+// (x & mask) ^ flip in one instruction, which compilers do not make of two constants.
+__device__ __forceinline__ uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(x), "r"(mask), "r"(flip));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t subtract_bfloats(uint32_t x, uint32_t y) {
+  uint32_t z;
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+
+// ---- Products of a whole warp
+
+// c += a [16, 16] @ b [16, 8], of pairs of fp16 or bf16. With g = lane / 4 and t = lane % 4 a lane has, two elements side
+// by side from 2 t on: of a rows g and g + 8, then both 8 columns on; of b, column g, then 8 rows on; of c rows g and g + 8.
+template <bool BF16>
+__device__ __forceinline__ void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (BF16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
 }

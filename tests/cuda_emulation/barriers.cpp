@@ -101,7 +101,7 @@ void emulated_pause() { maybe_pause(4); }
 
 uint64_t emulated_exchange(int kind, unsigned mask, uint64_t value, int source) {
   static const char* const names[] = {"a shuffle of all lanes in its mask", "a ballot of all lanes in its mask",
-                                      "__syncwarp"};
+                                      "__syncwarp", "a product of the warp"};
   Fiber* self = machine.current;
   Warp& warp = *self->warp;
   Meeting& meeting = warp.meeting;
@@ -128,6 +128,15 @@ uint64_t emulated_exchange(int kind, unsigned mask, uint64_t value, int source) 
   }
   if (kind == 2) acquire(meeting.clock[side]);
   return kind == 1 ? meeting.lanes[side] : meeting.values[side][source];
+}
+
+// All lanes' operands of a product; they stay until the lanes have met twice more.
+const uint32_t (*emulated_operands(const uint32_t* own))[6] {
+  Fiber* self = machine.current;
+  auto& operands = self->warp->operands[self->warp->meeting.generation & 1];
+  memcpy(operands[self->thread % 32], own, sizeof operands[0]);
+  emulated_exchange(3, FULL, 0, int(self->thread % 32));
+  return operands;
 }
 
 void emulated_group_sync(int id, int threads, bool waits) {

@@ -59,6 +59,7 @@ void mbarrier_wait(uint64_t* barrier, unsigned parity);
 bool emulated_done(uint64_t* barrier, unsigned parity);
 void bulk_load(void* shared, const void* global, unsigned bytes, uint64_t* barrier);
 void grid_wait(const unsigned* counter, unsigned goal);
+const uint32_t (*emulated_operands(const uint32_t* own))[6];
 }
 
 static inline unsigned lane() { return threadIdx.x % 32; }
@@ -68,10 +69,6 @@ static inline void group_sync(int id, int threads) { emulated_group_sync(id, thr
 static inline void group_arrive(int id, int threads) { emulated_group_sync(id, threads, false); }
 static inline unsigned grid_add(unsigned* counter) { return emulated_counter_add(counter, 1, true); }
 static inline bool mbarrier_done(uint64_t* barrier, unsigned parity) { return emulated_done(barrier, parity); }
-static inline void bulk_prefetch(const void* global, unsigned bytes) {
-  if (uint64_t(global) % 16 || bytes % 16) emulated_fail("a prefetch that is not of whole 16 bytes");
-  for (unsigned i = 0; i < bytes; i += 16) *(const volatile char*)((const char*)global + i);  // faults if not there
-}
 static inline void grid_arrive(unsigned* counter) { emulated_counter_add(counter, 1, false); }
 
 template <typename T>
@@ -86,7 +83,7 @@ static inline T load_stream(const T* address) {
 }
 
 // ---- CUDA's own ----
-enum { EMULATED_SHUFFLE, EMULATED_BALLOT, EMULATED_SYNC };
+enum { EMULATED_SHUFFLE, EMULATED_BALLOT, EMULATED_SYNC, EMULATED_PRODUCT };
 
 template <typename T>
 static inline T emulated_shuffle(unsigned mask, T value, int source) {
@@ -149,6 +146,12 @@ static inline unsigned __float_as_uint(float v) { return emulated_bits<unsigned>
 static inline int __float_as_int(float v) { return emulated_bits<int>(v); }
 static inline int __popc(unsigned v) { return __builtin_popcount(v); }
 static inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
+static inline unsigned __byte_perm(unsigned a, unsigned b, unsigned picks) {
+  const uint64_t bytes = a | uint64_t(b) << 32;
+  unsigned result = 0;
+  for (unsigned i = 0; i < 4; i++) result |= unsigned(bytes >> 8 * (picks >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
 static inline int __ffs(int v) { return __builtin_ffs(v); }
 static inline float emulated_rsqrt(float v) { return 1.0f / sqrtf(v); }
 #define rsqrtf emulated_rsqrt  // macros, for glibc has functions of these names
@@ -205,3 +208,28 @@ static inline uint16_t float_to_half(float value) {
 }
 static inline float2 halves_to_floats(uint32_t v) { return {half_to_float(uint16_t(v)), half_to_float(v >> 16)}; }
 static inline float2 bfloats_to_floats(uint32_t v) { return {bfloat_to_float(uint16_t(v)), bfloat_to_float(v >> 16)}; }
+static inline uint32_t and_xor(uint32_t x, uint32_t mask, uint32_t flip) { return (x & mask) ^ flip; }
+static inline uint32_t subtract_bfloats(uint32_t a, uint32_t b) {
+  float2 x = bfloats_to_floats(a), y = bfloats_to_floats(b);
+  return float_to_bfloat(x.x - y.x) | uint32_t(float_to_bfloat(x.y - y.y)) << 16;
+}
+
+// ---- products of a warp: the 16 terms are added up exactly, which a GPU does not promise ----
+static inline void wait_for_earlier_launch() {}
+static inline void allow_next_launch() {}
+template <bool BF16>
+static inline void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const uint32_t(*of)[6] = emulated_operands(own);
+  auto two = [](uint32_t v) { return BF16 ? bfloats_to_floats(v) : halves_to_floats(v); };
+  const unsigned row = lane() / 4, column = lane() % 4 * 2;
+  for (unsigned i = 0; i < 4; i++) {
+    double sum = c[i];
+    for (unsigned t = 0; t < 4; t++)
+      for (unsigned half = 0; half < 2; half++) {
+        float2 x = two(of[row * 4 + t][2 * half + i / 2]), y = two(of[(column + i % 2) * 4 + t][4 + half]);
+        sum += double(x.x) * y.x + double(x.y) * y.y;
+      }
+    c[i] = float(sum);
+  }
+}

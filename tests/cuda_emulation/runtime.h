@@ -38,6 +38,7 @@ struct Warp {
   bool queued = false;
   Fiber* lanes[32] = {};
   Meeting meeting;
+  uint32_t operands[2][32][6];  // of a product
 };
 
 struct Barrier {  // an mbarrier

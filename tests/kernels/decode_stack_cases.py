@@ -37,6 +37,7 @@ class Case(NamedTuple):
     live: int = 20
     mask: str = "causal"
     own_masks: bool = False  # each layer keeps one key less
+    apart: bool = False  # the cache's rows do not lie side by side
     biased: bool = True
     dtype: torch.dtype = torch.float16
     table_dtype: torch.dtype | None = None
@@ -45,8 +46,9 @@ class Case(NamedTuple):
     max_chunk: int = 2048
     splits: int = 2
     slots: int = 3
-    prefetch: int = 0
-    out_first: bool = False
+    head_norm: bool = False
+    keys: int = 2048
+    queries: int | None = None
     round_rows: int = 64
 
 
@@ -88,6 +90,8 @@ def stack(case: Case, seed: int = 0) -> Stack:
     angles = torch.rand(1, 1, max(case.rotary, 1)) * 6
     lanes = [2, 0, 1] if case.interleaved else [1, 0, case.rotary // 2]
     caches = [[random(1, case.kv_heads, case.size, d) for _ in range(n)] for _ in range(2)]
+    if case.apart:
+        caches = [[c.transpose(1, 2).contiguous().transpose(1, 2) for c in of_kind] for of_kind in caches]
     for cache in (*caches[0], *caches[1]):
         cache[:, :, case.live + 8 :] = float("nan")  # nobody may look
     masks = [mask_of(case._replace(live=case.live - i)) for i in range(n if case.own_masks else 1)]
@@ -104,6 +108,8 @@ def stack(case: Case, seed: int = 0) -> Stack:
           if case.vocabulary else [None] * 4),
         case.parallel, case.norm, 1e-5, 0.0, case.activation, case.gated, h, case.kv_heads, d, layout, case.rotary,
         case.interleaved, lanes, lanes, d**-0.5,
+        *([[random(d, scale=0.3) + 1 for _ in range(n)] for _ in range(2)] if case.head_norm else ([], [])),
+        1e-3, 0.25,
     )  # fmt: skip
 
 
@@ -122,9 +128,9 @@ def emulated(s: Stack, case: Case, seed: int = 0, races: bool = False, workspace
     """The kernel's result; outputs, caches and the workspace end where nobody may read or write."""
     device = Device(case.multiprocessors, 200_000)
     fitting = plan(launching.sizes_of(s), device, case.matrix_warps, case.max_chunk, case.splits, case.round_rows,
-                   case.slots)  # fmt: skip
+                   case.slots, keys=case.keys, queries=case.queries)  # fmt: skip
     assert not isinstance(fitting, str), fitting
-    macros = launching.constants(s, fitting) | {"PREFETCH": case.prefetch, "OUT_FIRST": int(case.out_first)}
+    macros = launching.constants(s, fitting)
     kernel = EmulatedKernel(Path(SOURCES / "decode_stack.cu"), "decode_stack", macros, races=races)
     rows = s.x.shape[2] if s.head_weight is None else s.head_weight.shape[0]
     out = guarded(torch.full((1, 1, rows), float("nan"), dtype=s.x.dtype))

@@ -34,13 +34,19 @@ CASES = {
     "neox": Case(),
     "rows_in_the_last_slice_only": Case(
         width=264, heads=5, kv_heads=5, head_dim=24, inner=600, matrix_warps=3, max_chunk=1100, multiprocessors=6,
-        mask="hole", prefetch=2, out_first=True,
+        mask="hole",
     ),
     "one_key_bfloat16": Case(mask="one", dtype=torch.bfloat16, splits=1, rotary=0, vocabulary=0),
     "keys_behind_the_token": Case(mask="beyond", counted=False, interleaved=True, rotary=16, biased=False,
                                   table_dtype=torch.float32),
-    "parallel_and_gated": Case(**LLAMA | {"parallel": True}, out_first=True),
+    "parallel_and_gated": Case(**LLAMA | {"parallel": True}),
     "llama": Case(**LLAMA, layers=3),
+    "norms_of_heads": Case(**LLAMA | {"head_dim": 24, "rotary": 20, "head_norm": True, "kv_heads": 1}),
+    "norms_of_turned_heads": Case(head_dim=40, heads=2, kv_heads=2, rotary=32, head_norm=True, dtype=torch.bfloat16),
+    "norms_of_heads_in_pairs": Case(head_norm=True, rotary=12, interleaved=True),
+    "norms_of_heads_alone": Case(head_norm=True, rotary=0),
+    "without_a_ring_of_keys": Case(keys=0, mask="hole", live=39),
+    "keys_of_many_slots": Case(head_dim=128, heads=2, kv_heads=2, size=200, live=190, mask="beyond", own_masks=True),
     "llama_long_rows_bfloat16": Case(**LLAMA | {
         "width": 520, "inner": 1304, "matrix_warps": 4, "max_chunk": 1536, "multiprocessors": 4, "heads": 6,
         "head_dim": 40, "rotary": 40, "live": 30, "dtype": torch.bfloat16, "slots": 4,
@@ -52,6 +58,7 @@ SAME = {
     "without_the_token": Case(mask="without_the_token"),
     "first_place": Case(live=0),
     "last_place": Case(live=39),
+    "rows_of_the_cache_apart": Case(apart=True),
 }
 
 
@@ -108,7 +115,12 @@ def test_a_token_outside_of_the_cache_is_not_written() -> None:
 
 
 @needs_emulator
-@pytest.mark.parametrize("case", [Case(own_masks=True, multiprocessors=9), Case(**LLAMA)], ids=["neox", "llama"])
+@pytest.mark.parametrize(
+    "case",
+    [Case(own_masks=True, multiprocessors=9), Case(**LLAMA),
+     Case(head_dim=128, heads=2, kv_heads=2, size=200, live=190, mask="beyond", inner=64, layers=3)],
+    ids=["neox", "llama", "many_slots"],
+)  # fmt: skip
 def test_every_access_is_ordered_with_those_of_other_threads(case: Case) -> None:
     emulated(stack(case), case, 1, races=True)
 
@@ -134,6 +146,9 @@ def plain(s: Any) -> Tensor:
         joined = torch.stack(turned, -1).flatten(1) if s.interleaved else torch.cat(turned, 1)
         return torch.cat((joined, x[:, s.rotary_dim :]), 1)
 
+    def of_head(x: Tensor, weights: list[Tensor], i: int) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weights[i] + s.qk_weight_offset, s.qk_eps) if weights else x
+
     x, count, ups = s.x[0, 0], len(s.in_weights) // s.layers, len(s.up_weights) // s.layers
     act = {"gelu": F.gelu, "silu": F.silu}[s.activation]
     for i in range(s.layers):
@@ -143,11 +158,13 @@ def plain(s: Any) -> Tensor:
             q, k, v = rows[0].view(s.heads, 3, s.head_dim).unbind(1)
         else:
             q, k, v = (r.view(-1, s.head_dim) for r in rows)
+        q, k = of_head(q, s.q_norm_weights, i), of_head(k, s.k_norm_weights, i)
+        mask = s.masks[i if len(s.masks) > 1 else 0][0, 0]
         place = int(s.positions[0]) if s.lengths == [] else int(s.lengths[i])
         keys, values = s.key_caches[i][0].clone(), s.value_caches[i][0].clone()
         keys[:, place], values[:, place] = turn(k), v
         keys, values = (t.repeat_interleave(s.heads // s.kv_heads, 0) for t in (keys, values))
-        scores = (torch.einsum("hd,hsd->hs", turn(q), keys) * s.scale).masked_fill(~s.masks[0][0, 0], -math.inf)
+        scores = (torch.einsum("hd,hsd->hs", turn(q), keys) * s.scale).masked_fill(~mask, -math.inf)
         attended = torch.einsum("hs,hsd->hd", scores.softmax(-1), values).flatten()
         attended = F.linear(attended, s.out_weights[i], s.out_biases[i])
         z = norm(x if s.parallel else x + attended, s.norm_weights[2 * i + 1], s.norm_biases[2 * i + 1])
@@ -226,6 +243,9 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "masks": ({"masks": [torch.ones(1, 1, 1, 39, dtype=torch.bool)]}, "masks"),
     "head": ({"head_weight": None}, "head_norm"),
     "rotary_dim": ({"rotary_dim": 7}, "rotary_dim"),
+    "q_norm_weights": ({"q_norm_weights": [torch.zeros(16)]}, "q_norm_weights"),
+    "k_norm_weights": ({"q_norm_weights": [torch.zeros(16)] * 2}, "k_norm_weights"),
+    "k_norm": ({"q_norm_weights": [torch.zeros(16)] * 2, "k_norm_weights": [torch.zeros(8)] * 2}, "k_norm_weight"),
 }
 
 
@@ -257,12 +277,16 @@ def test_what_the_kernel_cannot_take_has_a_reason() -> None:
     )
 
 
-def test_all_of_the_shared_memory_is_a_ring_and_no_warp_idles() -> None:
+def test_all_of_the_shared_memory_is_rings_and_no_warp_idles() -> None:
     fitting = plan(PYTHIA_28B, H200)
     assert isinstance(fitting, Plan)
     constants = fitting.constants
-    assert constants["MATRIX_WARPS"] == 10 and fitting.threads == 480
-    assert constants["SLOTS"] * constants["SLOT_BYTES"] >= 200_000
+    assert constants["MATRIX_WARPS"] == 10 and fitting.threads == 512
+    assert constants["SLOTS"] * constants["SLOT_BYTES"] >= 140_000
+    assert constants["KEY_SLOTS"] * constants["KEY_SLOT_BYTES"] >= 60_000
+    alone = plan(PYTHIA_28B, H200, keys=0)
+    assert isinstance(alone, Plan) and alone.threads == 480
+    assert alone.constants["SLOTS"] * alone.constants["SLOT_BYTES"] >= 200_000
     assert fitting.shared_bytes <= H200.shared_bytes
     assert "columns" in str(plan(PYTHIA_28B._replace(width=16384), H200))
     assert "registers" in str(plan(PYTHIA_28B._replace(inner=65536), H200))
