@@ -2,6 +2,7 @@
 
     bench_dequant_linear.py --shapes 2 --formats int8,int4_g128_zero --out rows.jsonl  # 140 s on an H200
     bench_dequant_linear.py --shapes 2 --formats q8_0,q4_k,gptq,q4_0,hqq_halves --rows 8,1,64,512 --out a.jsonl  # 5 min
+    bench_dequant_linear.py --shapes 2 --formats q6_k,q5_k,int8_columns --rows 8,1,64,16 --out b.jsonl  # 4 min
     bench_dequant_linear.py --rows 16,32 --shapes 1 --formats int8,int4_g128_zero,q8_0 --out rows.jsonl  # 30 s
     bench_dequant_linear.py --crossover rows.jsonl  # `_dequant_dispatch.CROSSOVER` by these rows; needs no GPU
     bench_dequant_linear.py --sweep --shapes 2 --formats int8,int4_g128_zero --out sweep.jsonl  # configurations, 150 s
@@ -36,6 +37,7 @@ from dequant_formats import Parts, Stored, layouts
 from torch import Tensor
 
 import torch_fuse  # noqa: F401  # the backend
+from torch_fuse.kernels import _dequant_columns as columns
 from torch_fuse.kernels import _dequant_decode as decoding
 from torch_fuse.kernels import _dequant_ring as ring
 from torch_fuse.kernels import _dequant_rows as few
@@ -174,7 +176,9 @@ def compare(log: Log, n: int, k: int, name: str, rows: list[int], dry: bool, dev
                 variants |= ring_variants(x, parts, form, False)
         if tiled.supports(x, *parts[0], form) is None and m >= 16:
             variants["tiled"] = lambda i, x=x: tiled.tiled_linear(x, *parts[i], None, form)
-        if decoding.supports(x, *parts[0], form) is None and m >= 16:
+        if columns.supports(x, *parts[0], form) is None:
+            variants["columns"] = lambda i, x=x: columns.columns_linear(x, *parts[i][:3], None, form)
+        if decoding.supports(x, *parts[0], form) is None and m >= 8:
             variants["decode"] = lambda i, x=x: F.linear(x, decoding.decode_on_device(*parts[i], form, x.dtype))
         if m in WITH_FUSE:
             variants["fuse"] = lambda i, x=x: fused(x, n, *stored[i])

@@ -45,8 +45,13 @@ def layouts(k: int) -> dict[str, Layout]:
         "q8_0": Layout(Format(8, "int", 1, 32, compute="float16"), _q8_0, _q8_0_parts, _q8_0_linear),
         "q4_k": Layout(Format(4, "uint", 1, 32, 0, "half", "mul_sub", "float16"), _q4_k, _q4_k_parts, _q4_k_linear),
         "gptq": Layout(Format(4, "uint", 1, 128, compute="float16"), _gptq, _gptq_parts, _gptq_linear),
+        "q6_k": Layout(Format(6, "uint", 1, 16, 32, "4x64+2x32", compute="float16"), _q6_k, _q6_k_parts, _q6_k_linear),
+        "q5_k": Layout(
+            Format(5, "uint", 1, 32, 0, "1x32+4x32", "mul_sub", "float16"), _q5_k, _q5_k_parts, _q5_k_linear
+        ),
         "q4_0": Layout(Format(4, "uint", 1, 32, 8, "half", compute="float16"), _q4_0, _q4_0_parts, _q4_0_linear),
         "hqq_halves": Layout(halves, _hqq, _hqq_parts, _hqq_linear),
+        "int8_columns": Layout(plain["int8"], _columns, _columns_parts, _columns_linear),
     }
     return {**{name: _contiguous(name, form) for name, form in plain.items()}, **found}
 
@@ -141,6 +146,47 @@ def _q4_k_linear(x: Tensor, n: int, raw: Tensor) -> Tensor:
     return F.linear(x, (scale[..., None] * q - offset[..., None]).reshape(n, -1).to(x.dtype))
 
 
+def _spread(part: Tensor, bits: int, run: int) -> Tensor:
+    """Codes [blocks, columns] of a plane: runs of bytes, the lowest bits of a run first."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=part.device).view(-1, 1)
+    return ((part.unflatten(-1, (-1, 1, run)) >> shifts) & (2**bits - 1)).flatten(1)
+
+
+def _q5_k(n: int, k: int, device: str) -> Stored:
+    return _blocks(n, k // 256, 2, 176, device)
+
+
+def _q5_k_parts(n: int, k: int, raw: Tensor) -> Parts:
+    scale, offset = _q4_k_scales(*torch.split(raw.reshape(-1, 176), [2, 2, 12, 160], dim=1)[:3])
+    return raw.view(n, -1, 176)[..., 16:], scale.view(n, -1), offset.view(n, -1), None
+
+
+def _q5_k_linear(x: Tensor, n: int, raw: Tensor) -> Tensor:
+    d, dmin, packed, high, low = torch.split(raw.reshape(-1, 176), [2, 2, 12, 32, 128], dim=1)
+    scale, offset = _q4_k_scales(d, dmin, packed)
+    q = (_spread(low, 4, 32) | (_spread(high, 1, 32) << 4)).unflatten(-1, (-1, 32))
+    return F.linear(x, (scale[..., None] * q - offset[..., None]).reshape(n, -1).to(x.dtype))
+
+
+def _q6_k(n: int, k: int, device: str) -> Stored:
+    raw = _bytes(n, k // 256, 210, device=device)
+    raw[..., 208:] = (_scales(n, k // 256, 1, device=device) / 64).view(torch.uint8)
+    return (raw.view(n, -1),)
+
+
+def _q6_k_parts(n: int, k: int, raw: Tensor) -> Parts:
+    blocks = raw.view(n, -1, 210)
+    scale = blocks[..., 208:].view(torch.float16) * blocks[..., 192:208].view(torch.int8)
+    return blocks[..., :192], scale.flatten(1), None, None
+
+
+def _q6_k_linear(x: Tensor, n: int, raw: Tensor) -> Tensor:
+    low, high, scales, d = torch.split(raw.reshape(-1, 210), [128, 64, 16, 2], dim=1)
+    q = (_spread(low, 4, 64) | (_spread(high, 2, 32) << 4)).to(torch.int8) - 32
+    scale = d.view(torch.float16) * scales.view(torch.int8)
+    return F.linear(x, (scale[..., None] * q.unflatten(-1, (-1, 16))).reshape(n, -1).to(x.dtype))
+
+
 def _gptq(n: int, k: int, device: str) -> Stored:
     return (
         torch.randint(-(2**31), 2**31, (k // 8, n), dtype=torch.int32, device=device),
@@ -181,3 +227,16 @@ def _hqq_linear(x: Tensor, n: int, q: Tensor, scale: Tensor, zero: Tensor) -> Te
     weight[:rows] = (q & 0b11110000) >> 4
     weight[rows:] = q & 0b00001111
     return F.linear(x, ((weight - zero) * scale).reshape(n, -1))
+
+
+def _columns(n: int, k: int, device: str) -> Stored:
+    """As Conv1D has its weight, [K, N]."""
+    return _bytes(k, n, device=device).view(torch.int8), _scales(n, device=device)
+
+
+def _columns_parts(n: int, k: int, q: Tensor, scale: Tensor) -> Parts:
+    return q.t(), scale.view(n, 1), None, None
+
+
+def _columns_linear(x: Tensor, n: int, q: Tensor, scale: Tensor) -> Tensor:
+    return x @ (q.to(x.dtype) * scale)

@@ -149,6 +149,30 @@ def convert(form: Format, dtype: str, zeros: int = 0, natural: bool = False) -> 
 
 
 @functools.cache
+def convert_planes(offset: int, bits: int, step: int, dtype: str) -> tuple[str, str]:
+    """The same of codes of which the lower four bits are in halves of bytes, and `bits` higher ones in other bytes.
+
+    Operands: four bytes of halves; four of the others; which of their bits belong to the low halves (a number for each
+    byte, all alike). Those of the high halves are `step` bits further. Elements are as they lie.
+    """
+    mask = f"0x{((1 << bits) - 1 << 4) * 0x01010101:08x}"
+    lines = ["mov.b32 w, $4", "shr.u32 s, $5, $6", "shl.b32 t, s, 4"]
+    lines.append(f"shl.b32 u, s, {4 - step}" if step < 4 else f"shr.u32 u, s, {step - 4}")
+    lines += ["and.b32 v, w, 0x0f0f0f0f", "shr.u32 w, w, 4", "and.b32 w, w, 0x0f0f0f0f"]
+    lines += [f"lop3.b32 v, t, {mask}, v, 0xea", f"lop3.b32 w, u, {mask}, w, 0xea"]
+    magic, power = ("0x64646464", 1024) if dtype == FP16 else ("0x43434343", 128)  # power + q
+    for r, source, pick in (("a", "v", "0x4140"), ("b", "v", "0x4342"), ("c", "w", "0x4140"), ("d", "w", "0x4342")):
+        lines.append(f"prmt.b32 {r}, {source}, {magic}, {pick}")
+    if dtype == FP16:
+        lines += [f"mov.b32 u, {_pair(power + offset, dtype)}", *(f"sub.rn.f16x2 {r}, {r}, u" for r in "abcd")]
+    else:
+        lines += [f"mov.b32 u, {_pair(1, dtype)}", f"mov.b32 s, {_pair(-power - offset, dtype)}"]
+        lines += [f"fma.rn.bf16x2 {r}, {r}, u, s" for r in "abcd"]
+    lines += [f"mov.b32 ${i}, {r}" for i, r in enumerate("abcd")]
+    return _statements("a, b, c, d, s, t, u, v, w", lines), ",".join(["=r"] * 4 + ["r"] * 6)
+
+
+@functools.cache
 def split(form: Format, natural: bool = False) -> tuple[str, str]:
     """Instructions for four pairs of activations: their even ones as $0, $1, their odd ones as $2, $3, in `order`."""
     a, b, c, d = (f"r{i}" for i in order(form, natural))

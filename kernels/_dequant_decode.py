@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._bit_planes import BITS
+from ._dequant_arithmetic import TYPES, exact, number, weight
 from ._dequant_layout import bytes_in_row, bytes_of, from_aligned, run_of, strides
+from ._dequant_planes import decode_planes, no_planes
 from ._ops import INTERPRETED, launch, no_triton, on_device_of, tl, triton
 from .packed_weight import COMPUTE, Format, decode, weight_shape
 
@@ -40,57 +43,7 @@ def supports(
         return "a table of 16 and a zero point"
     if codes.numel() >= 1 << 31:
         return "there are more codes than 32 bits count"
-    return None
-
-
-@triton.jit
-def _number(q, lut, KIND: tl.constexpr, OFFSET: tl.constexpr, BITS: tl.constexpr, COMPUTE: tl.constexpr,
-            EXACT: tl.constexpr):  # fmt: skip
-    """Codes as numbers of COMPUTE, in fp32; EXACT: all are numbers of COMPUTE as they are."""
-    if KIND == "lut16":
-        value = tl.load(lut + q.to(tl.int32)).to(tl.float32)
-    elif KIND == "int" or KIND == "uint":
-        value = q.to(tl.int32)
-        if KIND == "int" and BITS == 4:
-            value = (value ^ 8) - 8
-        value = (value - OFFSET).to(tl.float32)
-    else:
-        value = q.to(tl.float32)
-    if not EXACT:
-        value = value.to(COMPUTE).to(tl.float32)
-    return value
-
-
-@triton.jit
-def _shared(values, n, column, inside, ROWS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-            STRIDE_N: tl.constexpr, STRIDE_K: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """A chunk's scale or zero point. Integers go through fp32, as in torch."""
-    at = (n // ROWS).to(tl.int64) * STRIDE_N
-    if GROUPS > 1:
-        at += (column // GROUP).to(tl.int64) * STRIDE_K
-    return tl.load(values + at, inside, other=0).to(tl.float32).to(COMPUTE).to(tl.float32)
-
-
-@triton.jit
-def _weight(value, n, column, inside, scale, zero, out, ROWS: tl.constexpr, GROUP: tl.constexpr,
-            GROUPS: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, ZERO: tl.constexpr,
-            ZERO_N: tl.constexpr, ZERO_K: tl.constexpr, ARITHMETIC: tl.constexpr, COMPUTE: tl.constexpr):  # fmt: skip
-    """Weights of chunks as `out` has them, from their codes' numbers."""
-    if ARITHMETIC != "output":
-        s = _shared(scale, n, column, inside, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K, COMPUTE)
-        if ZERO:
-            z = _shared(zero, n, column, inside, ROWS, GROUP, GROUPS, ZERO_N, ZERO_K, COMPUTE)
-        if ZERO and ARITHMETIC == "sub_mul":
-            value = (value - z).to(COMPUTE).to(tl.float32)
-        value = value * s
-        if ARITHMETIC == "mul_add":
-            value = value.to(COMPUTE).to(tl.float32) + z
-        elif ARITHMETIC == "mul_sub":
-            value = value.to(COMPUTE).to(tl.float32) - z
-    if out.dtype.element_ty == COMPUTE:
-        return value.to(COMPUTE)
-    else:  # noqa: RET505  # a jit function's other branch must not be compiled
-        return value.to(COMPUTE).to(tl.float32).to(out.dtype.element_ty)
+    return no_planes(codes, form) if form.bits in BITS else None
 
 
 @triton.jit
@@ -133,12 +86,12 @@ def _kernel(codes, scale, zero, lut, out, count, N: tl.constexpr, K: tl.constexp
     if ACROSS:
         first = n.to(tl.int64) * (IN_ROW * BYTES) + byte
     if BITS == 8:
-        value = _number(q, lut, KIND, OFFSET, BITS, COMPUTE, EXACT)
+        value = number(q, lut, KIND, OFFSET, BITS, COMPUTE, EXACT)
         column = byte
         if EACH:
             column = byte + lane
-        value = _weight(value, n, column, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K, ZERO,
-                        ZERO_N, ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
+        value = weight(value, n, column, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K, ZERO,
+                       ZERO_N, ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
         if EVEN:
             tl.store(out + first + lane, value)
         else:
@@ -147,8 +100,8 @@ def _kernel(codes, scale, zero, lut, out, count, N: tl.constexpr, K: tl.constexp
         low, high = q & 15, (q >> 4) & 15
         if HIGH_FIRST:
             low, high = high, low
-        a = _number(low, lut, KIND, OFFSET, BITS, COMPUTE, EXACT)
-        b = _number(high, lut, KIND, OFFSET, BITS, COMPUTE, EXACT)
+        a = number(low, lut, KIND, OFFSET, BITS, COMPUTE, EXACT)
+        b = number(high, lut, KIND, OFFSET, BITS, COMPUTE, EXACT)
         if HALVES > 0:
             column, step = byte, 0
         elif RUN == 0:
@@ -156,15 +109,15 @@ def _kernel(codes, scale, zero, lut, out, count, N: tl.constexpr, K: tl.constexp
         else:
             column, step = byte // RUN * (2 * RUN) + byte % RUN, RUN
         if APART:
-            a = _weight(a, n, column, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K, ZERO, ZERO_N,
-                        ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
-            b = _weight(b, n + HALVES, column + step, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K,
-                        ZERO, ZERO_N, ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
+            a = weight(a, n, column, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K, ZERO, ZERO_N,
+                       ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
+            b = weight(b, n + HALVES, column + step, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K,
+                       ZERO, ZERO_N, ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
         if HALVES == 0 and RUN == 0:  # pairs lie side by side: one wide store
             pairs = tl.interleave(a, b)
             if not APART:
-                pairs = _weight(pairs, n, column, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K,
-                                ZERO, ZERO_N, ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
+                pairs = weight(pairs, n, column, inside, scale, zero, out, ROWS, GROUP, GROUPS, SCALE_N, SCALE_K,
+                               ZERO, ZERO_N, ZERO_K, ARITHMETIC, COMPUTE)  # fmt: skip
             to = out + 2 * first + tl.arange(0, 2 * BYTES)[None, :]
             if EVEN:
                 tl.store(to, pairs)
@@ -203,14 +156,11 @@ def constants(codes: Tensor, scale: Tensor, zero: Tensor | None, form: Format, l
     scale_n, scale_k = strides(scale)
     zero_n, zero_k = (0, 0) if zero is None else strides(zero)
     halves = codes.shape[0] if form.nibbles.startswith("rows") else 0
-    lowest, highest = {(8, "int"): (-128, 127), (8, "uint"): (0, 255), (4, "int"): (-8, 7)}.get(form[:2], (0, 15))
-    integers = {torch.float32: 1 << 24, torch.float16: 2048, torch.bfloat16: 256}[COMPUTE[form.compute]]
-    largest = max(abs(lowest - form.offset), abs(highest - form.offset))
     return {
         "N": n, "K": k, "BITS": form.bits, "KIND": form.kind, "RUN": run_of(codes, form) or 0, "HALVES": halves,
         "HIGH_FIRST": form.nibbles.endswith("high"), "ROWS": form.rows, "GROUP": min(form.group, k),
-        "OFFSET": form.offset, "ARITHMETIC": form.arithmetic, "COMPUTE": _TYPES[COMPUTE[form.compute]],
-        "EXACT": form.kind.startswith("fp8") or (form.kind != "lut16" and largest <= integers),
+        "OFFSET": form.offset, "ARITHMETIC": form.arithmetic, "COMPUTE": TYPES[COMPUTE[form.compute]],
+        "EXACT": exact(form),
         "SCALE_N": scale_n, "SCALE_K": scale_k, "ZERO": zero is not None, "ZERO_N": zero_n, "ZERO_K": zero_k,
         "APART": apart, "EACH": form.bits == 8 and 1 == form.group < k, "IN_ROW": in_row, "BYTES": size,
         "SPAN": where.span, "BETWEEN": where.between, "ROW": where.row, "LEAD": lead,
@@ -227,6 +177,8 @@ def decode_on_device(
     n, k = weight_shape(codes, form)
     if codes.numel() == 0:
         return decode(codes, scale, zero, lut, form, dtype)
+    if form.bits in BITS:
+        return decode_planes(codes, scale, zero, form, dtype)
     if form.bits == 8 and codes.dim() == 2 and codes.stride(0) == 1 < codes.stride(1):  # as its transpose is laid out
         swapped = form._replace(rows=form.group, group=form.rows)
         zeros = None if zero is None else zero.t()
@@ -239,7 +191,3 @@ def decode_on_device(
     with on_device_of(codes):
         launch(_kernel, triton.cdiv(count, CHUNKS), arguments, known)
     return out
-
-
-_TYPES = {torch.float32: getattr(tl, "float32", None), torch.float16: getattr(tl, "float16", None),
-          torch.bfloat16: getattr(tl, "bfloat16", None)}  # fmt: skip

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _dequant_columns as columns
 from . import _dequant_decode as written
 from . import _dequant_ring as ring
 from . import _dequant_rows as few
@@ -36,6 +37,8 @@ class Crossover(NamedTuple):
 # By bits of a code, of benchmarks/results/dequant_linear.jsonl (8 and 64 rows, 256 and 512): what
 # benchmarks/bench_dequant_linear.py --crossover makes of its rows.
 CROSSOVER = {8: Crossover(16, 32, 512), 4: Crossover(16, 32, 256)}
+# Of codes in planes of bits, as of 4 bits; not measured.
+PLANES = Crossover(16, 32, 0)
 # Rows of x up to which, and weights of 4 bits from which on, the persistent kernel is taken where it can be
 # (benchmarks/results/dequant_ring.jsonl): 14336 x 4096 in 14.1 us instead of 17.9 (one row) and 16.5 instead of 18.3
 # (eight), but 10240 x 2560 in 8.7 instead of 7.6, and int8 is slower at both.
@@ -85,7 +88,7 @@ def run(
 ) -> Tensor:  # fmt: skip
     """`dequant_linear` of inputs that `supports` takes, contiguous."""
     rows = x.numel() // max(x.shape[-1], 1)
-    up_to = CROSSOVER[form.bits]
+    up_to = CROSSOVER.get(form.bits, PLANES)
     n, k = weight_shape(codes, form)
     if 0 < rows <= RING_ROWS and form.bits == 4 and n * k >= RING_SIZE:
         kernel = ring.kernel_for(x, codes, scale, zero, bias, form, activation)
@@ -97,6 +100,8 @@ def run(
         return activated(tiled.tiled_linear(x, codes, scale, zero, lut, bias, form), activation)
     if 0 < rows <= up_to.rows_alone and few.supports(x, codes, scale, zero, lut, form) is None:
         return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation, early=early)
+    if columns.supports(x, codes, scale, zero, lut, form) is None:
+        return columns.columns_linear(x, codes, scale, zero, bias, form, activation=activation)
     weight = written.decode_on_device(codes, scale, zero, lut, form, x.dtype)
     if form.arithmetic != "output":
         return activated(F.linear(x, weight, bias), activation)

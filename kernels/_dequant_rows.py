@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._dequant_codes import BF16, FP16, convert, order, reorder, split
+from ._bit_planes import BITS
+from ._dequant_codes import BF16, FP16, convert, convert_planes, order, reorder, split
 from ._dequant_layout import bytes_in_row, bytes_of, from_aligned, run_of, strides
+from ._dequant_planes import High, halves
 from ._dequant_rows_kernel import MISSING, gl, kernel
 from ._gemv_common import activated, launch_options, starts_early
 from ._ops import INTERPRETED, launch, no_triton, on_device_of
@@ -53,6 +55,11 @@ def tile_of(codes: Tensor, form: Format, most: int = 128) -> int | None:
             return tile
         tile //= 2
     return None
+
+
+def nibbles_of(codes: Tensor, form: Format) -> tuple[Tensor, Format, High | None]:
+    """Codes of 4 or 8 bits as they are; those in planes as their lower halves, and where the higher bits lie."""
+    return (codes, form, None) if form.bits not in BITS else halves(codes, form) or (codes, form, None)
 
 
 def config(m: int, n: int, k: int, form: Format) -> Config:
@@ -95,7 +102,15 @@ def no_layout(
         return f"there are {rows} rows; allowed: 1 to {MAX_ROWS}"
     if form.arithmetic in ("mul_add", "mul_sub") and form.group >= k:
         return f"arithmetic is {form.arithmetic!r} with one group a row; allowed: sub_mul, output"
-    if abs(form.offset) > (100 if form.bits == 8 and form.kind == "int" else 16 if form.bits == 4 else 255):
+    high: High | None = None
+    if form.bits in BITS:
+        codes, form, high = nibbles_of(codes, form)
+        if high is None:
+            return f"codes of {form.bits} bits lie as {form.nibbles!r}; allowed: 4 bits and the others in one byte"
+        if zero is not None and form.arithmetic == "sub_mul":
+            return "codes in planes and a zero point"
+    most = 64 if high is not None else 16 if form.bits == 4 else 255
+    if abs(form.offset) > (100 if form.bits == 8 and form.kind == "int" else most):
         return f"offset is {form.offset}, not exact in 16 bits"
     if zero is not None and lut is not None:
         return "a table of 16 and a zero point"
@@ -105,10 +120,15 @@ def no_layout(
         return "what belongs to a row lies further apart than 32 bits count"
     if k % 16 or codes.shape[0] == 0:
         return f"the weight is {list(weight_shape(codes, form))}; allowed: multiples of 16 columns"
-    if tile_of(codes, form) is None:
+    if tile_of(codes, form, _most(128, high)) is None:
         return (f"{form.bits}-bit codes {form.nibbles!r} {list(codes.shape)} with strides {list(codes.stride())} and "
                 f"groups of {form.group} do not fill the tiles")  # fmt: skip
     return None
+
+
+def _most(tile: int, high: High | None) -> int:
+    """The most bytes of a tile: its higher bits lie side by side."""
+    return tile if high is None else math.gcd(tile, high.run)
 
 
 def _length(part: Tensor) -> int:
@@ -126,10 +146,11 @@ def _zeros(x: Tensor, zero: Tensor | None, form: Format) -> int:
 def constants(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, form: Format,
               chosen: Config, lead: int = 0, activation: str = "none",
               early: bool = False) -> dict[str, Any]:  # fmt: skip
-    """The kernel's constants, but for Triton's own options."""
+    """The kernel's constants, but for Triton's own options. `lead`: see `from_aligned`, of `nibbles_of` the codes."""
+    codes, form, high = nibbles_of(codes, form)
     _, k = weight_shape(codes, form)
     rows = x.numel() // k
-    tile, where = tile_of(codes, form, chosen.tile), bytes_of(codes)
+    tile, where = tile_of(codes, form, _most(chosen.tile, high)), bytes_of(codes)
     assert tile is not None and where is not None
     blocks = bytes_in_row(codes, form) // tile
     turns = -(-blocks // chosen.warps)
@@ -139,21 +160,24 @@ def constants(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias
     if chosen.parts == 1 and unroll < most / 2:  # steps past the end add nothing; with parts they are the next one's
         unroll = most
     name, run = _NAMES[x.dtype], run_of(codes, form)
-    natural = tile < 32  # four bytes of a lane are then of two rows
-    converted, operands = convert(form, name, _zeros(x, zero, form), natural)
-    if form.bits == 4 and run == 0:
-        halves, halves_operands = split(form, natural)
-    elif order(form, natural) == (0, 1, 2, 3):
-        halves, halves_operands = "", ""
+    natural = tile < 32 or high is not None  # four bytes of a lane are of two rows if they are less than 32
+    if high is None:
+        converted, operands = convert(form, name, _zeros(x, zero, form), natural)
     else:
-        halves, halves_operands = reorder(form)
+        converted, operands = convert_planes(form.offset, high.bits, high.step, name)
+    if form.bits == 4 and run == 0:
+        arranged, arranged_operands = split(form, natural)
+    elif order(form, natural) == (0, 1, 2, 3):
+        arranged, arranged_operands = "", ""
+    else:
+        arranged, arranged_operands = reorder(form)
     apart = codes.shape[0] if run is None else 0
     two_scales = apart > 0 or bool(run and form.group < k and form.group % (2 * run))
     scale_n, scale_k = strides(scale)
     zero_n, zero_k = (0, 0) if zero is None else strides(zero)
     return {
         "BITS": form.bits, "TABLE": form.kind == "lut16", "CONVERT": converted, "CONVERT_OPERANDS": operands,
-        "SPLIT": halves, "SPLIT_OPERANDS": halves_operands, "HIGH_FIRST": form.nibbles.endswith("high"),
+        "SPLIT": arranged, "SPLIT_OPERANDS": arranged_operands, "HIGH_FIRST": form.nibbles.endswith("high"),
         "RUN": run or 0, "HALVES": apart, "SIDES": 2 if two_scales else 1, "K": k, "ROWS": form.rows,
         "GROUP": min(form.group, k), "SCALE_N": scale_n, "SCALE_K": scale_k, "ZERO_N": zero_n, "ZERO_K": zero_k,
         "COMPUTE": getattr(gl, form.compute), "ZEROS": _zeros(x, zero, form),
@@ -161,8 +185,10 @@ def constants(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias
         "DTYPE": getattr(gl, name.replace("fp", "float").replace("bf", "bfloat")),
         "BLOCK_M": max(8, 1 << (rows - 1).bit_length()), "BLOCK_N": chosen.block_n, "TILE": tile, "SPAN": where.span,
         "BETWEEN": where.between, "ROW": where.row, "LEAD": lead,
-        "ALIGNED": math.gcd(tile // 8, where.span, where.between, where.row, lead), "WARPS": chosen.warps,
-        "PARTS": chosen.parts, "AHEAD": min(chosen.ahead, unroll - 1), "UNROLL": unroll,
+        "ALIGNED": math.gcd(tile // 8, where.span, where.between, where.row, lead, 0 if high is None else high.at),
+        "HIGH_BITS": 0 if high is None else high.bits, "HIGH_RUN": 0 if high is None else high.run,
+        "HIGH_AT": 0 if high is None else high.at, "WARPS": chosen.warps, "PARTS": chosen.parts,
+        "AHEAD": min(chosen.ahead, unroll - 1), "UNROLL": unroll,
         "ACTIVATION": activation if chosen.parts == 1 else "none", "EARLY": early,
     }  # fmt: skip
 
@@ -180,7 +206,7 @@ def rows_linear(
     if flat.data_ptr() % 16:
         flat = flat.clone()
     chosen = chosen or config(flat.shape[0], n, k, form)
-    read, lead = from_aligned(codes)
+    read, lead = from_aligned(nibbles_of(codes, form)[0])
     early = starts_early(x, early)
     known = constants(flat, codes, scale, zero, bias, form, chosen, lead, activation, early)
     words = flat.view(torch.int32) if form.bits == 4 and run_of(codes, form) == 0 else flat

@@ -1,4 +1,4 @@
-"""The device code of `_dequant_rows`, in Triton's Gluon."""
+"""The device code of `_dequant_rows`, in Triton's Gluon; what it reads is in `_dequant_rows_read`."""
 
 # ruff: noqa: RUF005, SIM108 (Gluon has no starred lists, and compiles both sides of an expression)
 # mypy: ignore-errors
@@ -16,84 +16,7 @@ except ImportError as error:  # no Triton, or one before or after this language
 
     MISSING = f"Triton's Gluon language is not there: {error}"
 
-
-@gluon.jit
-def _column(block, SECOND: gl.constexpr, BITS: gl.constexpr, RUN: gl.constexpr, TILE: gl.constexpr):
-    """The weight's first column of a tile, or of its bytes' second halves."""
-    if BITS == 8:
-        return block * TILE
-    elif RUN == 0:  # noqa: RET505  # a jit function's other branch must not be compiled
-        return block * (2 * TILE)
-    else:
-        return block // (RUN // TILE) * (2 * RUN) + block % (RUN // TILE) * TILE + SECOND * RUN
-
-
-@gluon.jit
-def _start(block, IN_ROW: gl.constexpr, TILE: gl.constexpr, SPAN: gl.constexpr, BETWEEN: gl.constexpr):
-    """Where a tile's bytes begin in a row of IN_ROW of them."""
-    if SPAN == IN_ROW:
-        return block * TILE
-    elif SPAN >= TILE:  # noqa: RET505
-        return block // (SPAN // TILE) * BETWEEN + block % (SPAN // TILE) * TILE
-    else:
-        return block * (TILE // SPAN * BETWEEN)
-
-
-@gluon.jit
-def _group(values, n, column, seen, ROWS: gl.constexpr, GROUP: gl.constexpr, STRIDE_N: gl.constexpr,
-           STRIDE_K: gl.constexpr, COMPUTE: gl.constexpr):  # fmt: skip
-    """A scale or zero point of each row, rounded as its source does; integers through fp32, as in torch."""
-    at = (n // ROWS).to(gl.int64) * STRIDE_N + column // GROUP * STRIDE_K
-    return gl.load(values + at, seen, other=0).to(gl.float32).to(COMPUTE).to(gl.float32)
-
-
-@gluon.jit
-def _table(lut, dtype: gl.constexpr):
-    """The lower bytes of a table's 16 entries in four numbers, then the upper ones in four."""
-    planes = ()
-    for plane in gl.static_range(2):
-        for word in gl.static_range(4):
-            found = gl.to_tensor(0)
-            for i in gl.static_range(4):
-                entry = gl.load(lut + (word * 4 + i)).to(dtype).to(gl.int16, bitcast=True).to(gl.int32)
-                found = found | (((entry >> (8 * plane)) & 255) << (8 * i))
-            planes = planes + (found,)
-    return planes
-
-
-@gluon.jit
-def _fetch(rows, scale, zero, n, warp, c_n, c_warp, start, BLOCKS: gl.constexpr, EVEN: gl.constexpr,
-           BITS: gl.constexpr, RUN: gl.constexpr, HALVES: gl.constexpr, SIDES: gl.constexpr, IN_ROW: gl.constexpr,
-           TILE: gl.constexpr, SPAN: gl.constexpr, BETWEEN: gl.constexpr, ALIGNED: gl.constexpr,
-           GROUPS: gl.constexpr, ROWS: gl.constexpr, GROUP: gl.constexpr, SCALE_N: gl.constexpr,
-           SCALE_K: gl.constexpr, ZERO_N: gl.constexpr, ZERO_K: gl.constexpr, COMPUTE: gl.constexpr,
-           ZEROS: gl.constexpr, ADDED: gl.constexpr):  # fmt: skip
-    """What a step reads of the weight: codes, and scales, zero points and offsets of bytes' first and second halves."""
-    PLACES: gl.constexpr = 8 if HALVES > 0 else BITS
-    block = start + warp
-    inside = block < BLOCKS
-    c_block = start + c_warp
-    c_inside = c_block < BLOCKS
-    at = rows + gl.multiple_of(_start(block, IN_ROW, TILE, SPAN, BETWEEN), [ALIGNED, ALIGNED, ALIGNED])
-    if EVEN:
-        tile = gl.load(at, eviction_policy="evict_first")
-    else:
-        tile = gl.load(at, inside, other=0, eviction_policy="evict_first")
-    scales = ()
-    zeros = ()
-    offsets = ()
-    for side in gl.static_range(SIDES):
-        c_column = _column(c_block, side, PLACES, RUN, TILE)
-        if GROUPS > 1:
-            scales = scales + (_group(scale, c_n + side * HALVES, c_column, c_inside, ROWS, GROUP, SCALE_N, SCALE_K,
-                                      COMPUTE),)  # fmt: skip
-        if ADDED != 0:
-            offset = _group(zero, c_n + side * HALVES, c_column, c_inside, ROWS, GROUP, ZERO_N, ZERO_K, COMPUTE)
-            offsets = offsets + (offset * ADDED,)
-        if ZEROS > 0:
-            column = _column(block, side, PLACES, RUN, TILE)
-            zeros = zeros + (_group(zero, n + side * HALVES, column, inside, ROWS, GROUP, ZERO_N, ZERO_K, COMPUTE),)
-    return tile, scales, zeros, offsets
+from ._dequant_rows_read import _column, _fetch, _group, _table
 
 
 @gluon.jit
@@ -145,10 +68,10 @@ def _step(acc, other, zeros, ones, fetched, start, columns, planes, b_warp, BITS
           ZEROS: gl.constexpr, ADDED: gl.constexpr, DTYPE: gl.constexpr, TILE: gl.constexpr, BLOCKS: gl.constexpr,
           EVEN: gl.constexpr):  # fmt: skip
     """Adds a tile of the weight, of each warp, times its activations to acc, and to other what the second rows have."""
-    tile, scales, zero_points, offsets = fetched
+    codes, scales, zero_points, offsets = fetched
     low_x, high_x = _activations(columns, start + b_warp, BITS, SPLIT, SPLIT_OPERANDS, HIGH_FIRST, RUN, HALVES, DTYPE,
                                  TILE, BLOCKS, EVEN)  # fmt: skip
-    operands = (tile,) + planes
+    operands = codes + planes
     for zero_part in gl.static_range(ZEROS):
         for side in gl.static_range(8 // BITS):
             # the low halves of bytes are the second ones if the high ones come first
@@ -235,7 +158,8 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
            ZERO_N: gl.constexpr, ZERO_K: gl.constexpr, COMPUTE: gl.constexpr, ZEROS: gl.constexpr,
            ADDED: gl.constexpr, BIASED: gl.constexpr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr,
            BLOCK_N: gl.constexpr, TILE: gl.constexpr, SPAN: gl.constexpr, BETWEEN: gl.constexpr, ROW: gl.constexpr,
-           LEAD: gl.constexpr, ALIGNED: gl.constexpr, WARPS: gl.constexpr, PARTS: gl.constexpr, AHEAD: gl.constexpr,
+           LEAD: gl.constexpr, ALIGNED: gl.constexpr, HIGH_BITS: gl.constexpr, HIGH_RUN: gl.constexpr,
+           HIGH_AT: gl.constexpr, WARPS: gl.constexpr, PARTS: gl.constexpr, AHEAD: gl.constexpr,
            UNROLL: gl.constexpr, ACTIVATION: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     """BLOCK_N columns of the result (and as many HALVES later), or one of PARTS parts of their sums.
 
@@ -247,7 +171,7 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     HALVES: a byte [n, k] is of rows n and n + HALVES; or 0. SIDES: scales that the weights of a tile's row have.
     ADDED: 1 or -1 where the zero point, times that, is added to codes times scale: it multiplies sums of x, the
     product with a matrix of ones. Codes lie as `_dequant_layout.Bytes` says, LEAD bytes behind `codes`, and all pieces
-    of a lane at multiples of ALIGNED.
+    of a lane at multiples of ALIGNED. HIGH_BITS: of each code that lie elsewhere (see `_high`); or 0.
     ACTIVATION: of a whole result. EARLY: the launch before may be at work still, on x alone of what is read
     (programmatic dependent launch).
     """
@@ -299,7 +223,8 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
             if i < UNROLL:  # the weight is read AHEAD steps before it is needed
                 fetched = _fetch(rows, scale, zero, n, warp, c_n, c_warp, first_block + (chunk + i) * WARPS, BLOCKS,
                                  EVEN, BITS, RUN, HALVES, SIDES, IN_ROW, TILE, SPAN, BETWEEN, ALIGNED, GROUPS, ROWS,
-                                 GROUP, SCALE_N, SCALE_K, ZERO_N, ZERO_K, COMPUTE, ZEROS, ADDED)  # fmt: skip
+                                 GROUP, SCALE_N, SCALE_K, ZERO_N, ZERO_K, COMPUTE, ZEROS, ADDED, HIGH_BITS,
+                                 HIGH_RUN, HIGH_AT)  # fmt: skip
                 ahead = ahead + (fetched,)
             if EARLY and i == AHEAD:
                 gdc_wait()

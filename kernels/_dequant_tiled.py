@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._bit_planes import BITS
 from ._dequant_codes import BF16, FP16, convert, order
 from ._dequant_layout import run_of
 from ._dequant_rows import _NAMES, _zeros, tile_of
@@ -108,6 +109,8 @@ def no_layout(
     rows = x.numel() // max(int(x.shape[-1]), 1)
     if not 1 <= rows <= MAX_ROWS:
         return f"there are {rows} rows; allowed: 1 to {MAX_ROWS}"
+    if form.bits in BITS:
+        return f"codes have {form.bits} bits; allowed: 8, 4"
     if form.nibbles.startswith("rows") or form.arithmetic not in ("sub_mul", "output"):
         return f"nibbles are {form.nibbles!r} and arithmetic is {form.arithmetic!r}; allowed: no rows; sub_mul, output"
     if not all(part is None or part.is_contiguous() for part in (codes, scale, zero)):

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _dequant_dispatch
-from ._bit_planes import BITS
 from ._gemv_common import ACTIVATIONS, activated
 from ._ops import HAS_TRITON, INTERPRETED, define_opaque_op
 from .packed_weight import COMPUTE, Format, check_parts, decode, weight_shape
@@ -44,14 +43,6 @@ def supports(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format
 ) -> str | None:
     """Why there is no kernel for these (the op then runs its reference), or None."""
-    return _no_kernel(x, codes, scale, zero, lut, form)
-
-
-def _no_kernel(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, form: Format
-) -> str | None:
-    if form.bits in BITS:
-        return f"codes of {form.bits} bits, in several places of a block: none reads them"
     return _dequant_dispatch.supports(x, codes, scale, zero, lut, form)
 
 
@@ -96,7 +87,7 @@ def _forward(
 ) -> Tensor:  # fmt: skip
     form = Format(bits, kind, rows, group, offset, nibbles, arithmetic, compute)
     _check(x, codes, scale, zero, lut, bias, form, activation)
-    if _no_kernel(x, codes, scale, zero, lut, form) is None:
+    if _dequant_dispatch.supports(x, codes, scale, zero, lut, form) is None:
         bias = None if bias is None else bias.contiguous()
         return _dequant_dispatch.run(x, codes, scale, zero, lut, bias, form, activation, early).contiguous()
     return reference(x, codes, scale, zero, lut, bias, *form, activation).contiguous()

@@ -14,7 +14,7 @@ import torch
 from test_dequant_codes import elements, run, words
 from torch import Tensor
 
-from torch_fuse.kernels import _dequant_rows_kernel
+from torch_fuse.kernels import _dequant_rows_kernel, _dequant_rows_read
 
 __all__ = ["launch"]
 
@@ -127,8 +127,8 @@ def _product(a: Tensor, b: Tensor, acc: Tensor) -> Tensor:
 
 def launch(kernel: Any, grid: int, arguments: list[Any], options: dict[str, Any]) -> None:
     """As `kernels._ops.launch`, for the kernel of `_dequant_rows_kernel` and tensors on the CPU."""
-    source = inspect.getsource(_dequant_rows_kernel)
-    source = source[source.index("@gluon.jit") :].replace("DTYPE.value", "DTYPE")
+    files = [inspect.getsource(module) for module in (_dequant_rows_read, _dequant_rows_kernel)]
+    source = "".join(text[text.index("@gluon.jit") :] for text in files).replace("DTYPE.value", "DTYPE")
     source = source.replace(".to(gl.int16, bitcast=True)", ".view(gl.int16)")
     source = re.sub(r"^( +)(\w+) ([+*])= (.*)$", r"\1\2 = \2 \3 (\4)", source, flags=re.M)  # not in place
     language = _Gl()

@@ -14,6 +14,8 @@ STRIDED: dict[str, Format] = {
     "q8_0": Format(8, "int", 1, 32, compute="float16"),
     "q4_0": Format(4, "uint", 1, 32, 8, "half", compute="float16"),
     "q4_k": Format(4, "uint", 1, 32, 0, "half", "mul_sub"),
+    "q6_k": Format(6, "uint", 1, 16, 32, "4x64+2x32", compute="float16"),
+    "q5_k": Format(5, "uint", 1, 32, 0, "1x32+4x32", "mul_sub"),
     "gptq": Format(4, "uint", 1, 128, 8, compute="float16"),
     "gptq_zeros": Format(4, "uint", 1, 128, compute="float16"),
     "hqq_halves": Format(4, "uint", 1, 64, 0, "rows_high", compute="float16"),
@@ -56,6 +58,12 @@ def strided(name: str, n: int, k: int, device: str = "cpu") -> tuple[Format, Par
     elif name == "q4_k":
         raw, _ = _blocks(n, k // 256, 16, 128)
         codes = raw[..., 16:].unflatten(-1, (4, 32))
+        zero = 8 * _halves(n, groups, seed=2)
+    elif name == "q6_k":
+        codes = _bytes(n, k // 256, 210, seed=0)[..., :192]
+    elif name == "q5_k":
+        raw, _ = _blocks(n, k // 256, 16, 160)
+        codes = raw[..., 16:]
         zero = 8 * _halves(n, groups, seed=2)
     elif name.startswith("gptq"):
         codes = _bytes(k // 8, n, 4, seed=0).permute(1, 0, 2)

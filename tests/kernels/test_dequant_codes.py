@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torch_fuse.kernels._dequant_codes import BF16, FP16, convert, order, reorder, split
+from torch_fuse.kernels._dequant_codes import BF16, FP16, convert, convert_planes, order, reorder, split
 from torch_fuse.kernels.packed_weight import Format, unpacked
 
 DTYPES = {FP16: torch.float16, BF16: torch.bfloat16}
@@ -57,6 +57,7 @@ STEPS: dict[str, Callable[..., Tensor]] = {
     "xor.b32": lambda a, b: a ^ b,
     "and.b32": lambda a, b: a & b,
     "shr.u32": lambda a, b: a >> b,
+    "shl.b32": lambda a, b: a << b & 0xFFFFFFFF,
     "prmt.b32": permuted,
     "lop3.b32": logic,
     "sub.rn.f16x2": in_pairs(torch.float16, lambda a, b: a - b),
@@ -124,6 +125,20 @@ def test_every_code_is_exact(form: Format, dtype: str, natural: bool) -> None:
     for part in range(8 // form.bits):
         got = elements(found[2 * part : 2 * part + 2], DTYPES[dtype])
         torch.testing.assert_close(got, columns[..., part], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits, step, offset", [(2, 4, 32), (1, 1, 0), (2, 2, 64), (1, 5, 16)])
+def test_every_code_of_two_bytes_is_exact(bits: int, step: int, offset: int, dtype: str) -> None:
+    program, operands = convert_planes(offset, bits, step, dtype)
+    assert operands == ",".join(["=r"] * 4 + ["r"] * 6)
+    low, high = ALL.repeat(4), torch.arange(256, dtype=torch.uint8).repeat_interleave(16)
+    for shift in range(0, 9 - bits - step, bits):
+        found = run(program, [words(low), words(high), *[torch.full((1024,), shift)] * 4], 4)
+        for part in range(2):
+            q = (low >> 4 * part & 15) | (high >> shift + step * part & (1 << bits) - 1) << 4
+            wanted = (q.double() - offset).to(DTYPES[dtype]).view(-1, 4)
+            assert torch.equal(elements(found[2 * part : 2 * part + 2], DTYPES[dtype]), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,6 +13,7 @@ from in_interpreter import passes_in_interpreter
 from strided_weights import STRIDED, strided
 from torch import Tensor
 
+from torch_fuse.kernels import _dequant_columns as columns
 from torch_fuse.kernels import _dequant_decode as decoding
 from torch_fuse.kernels import _dequant_rows as few
 from torch_fuse.kernels import _ops, dequant_linear
@@ -124,7 +125,7 @@ def test_decoding_reads_codes_and_scales_where_a_library_has_them(name: str) -> 
             x = torch.randn(rows, k, device=DEVICE).half()
             out = dequant_linear.dequant_linear(x, codes, scale, zero, lut, None, *form)
             assert out.shape == (rows, n)
-            if _ops.INTERPRETED:
+            if _ops.INTERPRETED and (rows == 0 or columns.supports(x, codes, scale, zero, lut, form) is not None):
                 assert torch.equal(out.nan_to_num(), torch.nn.functional.linear(x, wanted).nan_to_num())
 
 
@@ -156,8 +157,11 @@ def test_decoding_takes_integers_as_zero_points(zero: torch.dtype, rows: int) ->
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="starts the interpreter")
 def test_kernels_in_the_interpreter() -> None:
-    files = [__file__, str(Path(__file__).with_name("test_dequant_tiled.py"))]
-    passes_in_interpreter(*files, select="decoding or order")
+    files = [
+        __file__,
+        *(str(Path(__file__).with_name(f"test_dequant_{name}.py")) for name in ("tiled", "planes", "columns")),
+    ]
+    passes_in_interpreter(*files, select="decoding or order or columns")
 
 
 def test_tiles_have_one_scale() -> None:
@@ -187,7 +191,8 @@ def compiled(form: Format, found: Parts, rows: int, dtype: torch.dtype, chosen: 
     _, k = weight_shape(codes, form)
     x = torch.empty(rows, k, dtype=dtype)
     assert few.no_layout(x, codes, scale, zero, lut, form) is None
-    known = few.constants(x, codes, scale, zero, None, form, chosen, codes.storage_offset() % 16, activation, early) | (
+    lead = few.nibbles_of(codes, form)[0].storage_offset() % 16
+    known = few.constants(x, codes, scale, zero, None, form, chosen, lead, activation, early) | (
         {"M": 1} if rows == 1 else {}
     )
     short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8"}
@@ -218,16 +223,21 @@ COMPILED = {
 
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED or bool(MISSING), reason="compiles Gluon")
-@pytest.mark.parametrize("name", [*COMPILED, "q8_0", "q4_0", "q4_k", "gptq_zeros", "hqq_halves"])
+@pytest.mark.parametrize("name", [*COMPILED, "q8_0", "q4_0", "q4_k", "q6_k", "q5_k", "gptq_zeros", "hqq_halves"])
 def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str) -> None:
     width = 4  # words of x that a lane has side by side, as a rule
     if name in STRIDED:
         form, found = strided(name, 32, 2048)
-        rows, chosen, dtype, width = 8, few.Config(), torch.float16, {"q8_0": 2, "q4_k": 2, "q4_0": 1}.get(name, 4)
+        rows, chosen, dtype, width = (
+            8,
+            few.Config(),
+            torch.float16,
+            {"q8_0": 2, "q4_k": 2, "q5_k": 2, "q4_0": 1, "q6_k": 1}.get(name, 4),
+        )
     else:
-        form, zero, run, rows, chosen = COMPILED[name]
+        form, kind, run, rows, chosen = COMPILED[name]
         dtype = torch.bfloat16 if rows == 1 else torch.float16
-        found = parts(form, 16, 1536 if form.group == 128 else 512, zero, run=run)
+        found = parts(form, 16, 1536 if form.group == 128 else 512, kind, run=run)
         found = tuple(None if part is None else part.cpu() for part in found)  # type: ignore[assignment]
     ptx = compiled(form, found, rows, dtype, chosen)["ptx"]
     assert "mma.sync.aligned.m16n8k16" in ptx
@@ -235,7 +245,10 @@ def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str) ->
     assert "st.shared" not in loop and "bar.sync" not in loop, "a layout is converted in the loop"
     wide = "ld.global.b32" if width == 1 else f"ld.global.v{width}.b32"
     assert "evict_first" in ptx and wide in ptx, "activations are read in pieces"
-    assert not any(".b8" in line for line in ptx.splitlines() if "evict_first" in line), "codes are read byte by byte"
+    zero = found[2]
+    whole = zero is not None and zero.itemsize == 1  # zero points of one byte
+    read = "evict_first" if whole else "ld.global"
+    assert not any(".b8" in line for line in ptx.splitlines() if read in line), "codes are read byte by byte"
 
 
 # Loads of a chunk's codes, by their width in bytes: GGUF's blocks are aligned to two.

@@ -88,7 +88,7 @@ def test_the_sums_go_through_an_activation(name: str, parts: int, activation: st
     assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max() + 1e-3
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_k", "gptq_zeros", "hqq_halves", "groups_of_32"])
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_k", "q6_k", "q5_k", "gptq_zeros", "hqq_halves", "groups_of_32"])
 def test_programs_share_sums_and_tiles_end_early(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few, "launch", gluon_on_cpu.launch)
     check(name, 36, 768, 9, torch.bfloat16, few.Config(32, 4, 1, 2, parts=2, tile=64))

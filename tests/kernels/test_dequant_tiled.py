@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_named() -> None:
 
 @pytest.mark.parametrize(
     "rows, tiles, ways",
-    [(16, True, "rows"), (17, True, "tiled"), (256, True, "tiled"), (257, True, "decode"),
+    [(16, True, "rows"), (17, True, "tiled"), (512, True, "tiled"), (513, True, "decode"),
      (32, False, "rows"), (33, False, "decode")],
 )  # fmt: skip
 def test_rows_decide_which_kernel_runs(rows: int, tiles: bool, ways: str, monkeypatch: pytest.MonkeyPatch) -> None:

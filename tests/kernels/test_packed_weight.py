@@ -75,18 +75,6 @@ def test_planes_that_do_not_fit_are_errors(bits: int, layout: str, size: int, wo
         check_parts(codes, torch.ones(2, 1), None, None, Format(bits, "uint", 1, 32, 0, layout))
 
 
-def test_codes_in_planes_run_in_plain_torch_for_want_of_a_kernel() -> None:
-    codes, scale, form = (
-        torch.randint(0, 256, (4, 2, 24)).to(torch.uint8),
-        torch.rand(4, 4),
-        Format(6, "uint", 1, 16, 32, "4x8+2x8"),
-    )
-    x = torch.randn(3, 64)
-    assert "none reads them" in (op.supports(x, codes, scale, None, None, None, form) or "")
-    wanted = F.linear(x, decode(codes, scale, None, None, form, x.dtype))
-    torch.testing.assert_close(op.dequant_linear(x, codes, scale, None, None, None, *form), wanted)
-
-
 @pytest.mark.parametrize("arithmetic", ["sub_mul", "mul_add", "mul_sub"])
 def test_each_step_is_rounded_to_the_type_of_its_source(arithmetic: str) -> None:
     torch.manual_seed(0)
