@@ -136,7 +136,7 @@ def step(log: Log, kind: str, ways: list[str], dry: bool, reps: int, fp16_ms: fl
         torch_fuse.reset_reports()
         start = time.perf_counter()
         how: dict[str, Any] = {} if way == "inductor" else {
-            "backend": "fuse", "options": {**options, "early_launch": way == "fuse_early"},
+            "backend": "fuse", "options": options,
         }  # fmt: skip
         try:
             found = _prepared(
@@ -156,9 +156,8 @@ def step(log: Log, kind: str, ways: list[str], dry: bool, reps: int, fp16_ms: fl
     row |= {f"{key}_ms": ms for key, ms in _timed(calls, rewind, reps).items()}
     if kind == "fp16":
         fp16_ms = row.get("inductor_graph_ms")
-    best = [row[f"{way}_graph_ms"] for way in ("fuse", "fuse_early") if f"{way}_graph_ms" in row]
-    if fp16_ms and best and kind != "fp16":
-        row |= {"fp16_inductor_graph_ms": fp16_ms, "times_as_fast": round(fp16_ms / min(best), 3)}
+    if fp16_ms and "fuse_graph_ms" in row and kind != "fp16":
+        row |= {"fp16_inductor_graph_ms": fp16_ms, "times_as_fast": round(fp16_ms / row["fuse_graph_ms"], 3)}
     log.write(what="decode_quantized", **row)
     return fp16_ms
 
@@ -177,7 +176,7 @@ SWEEP = [few.Config(*each) for each in ((16, 4), (16, 8), (16, 16), (16, 4, 4), 
 
 
 def products(log: Log, name: str, dry: bool, sweep: bool) -> None:
-    """Times each product of a layer, plain and with early launches, and all of a layer after one another."""
+    """Times each product of a layer, and all of a layer after one another."""
     device = "cpu" if dry else "cuda"
     hidden, _, _, inner = PYTHIA["tiny" if dry else "pythia-2.8b"]
     shapes = {"qkv": (3 * hidden, hidden), "out": (hidden, hidden), "up": (inner, hidden), "down": (hidden, inner)}
@@ -192,26 +191,24 @@ def products(log: Log, name: str, dry: bool, sweep: bool) -> None:
         x, bias = (torch.randn(*size, device=device).half() for size in ((1, k), (n,)))
         made[layer] = (x, weights, bias, form, "gelu" if layer == "up" else "none")
 
-    def call(i: int, layer: str, early: bool, chosen: few.Config | None = None) -> Tensor:
+    def call(i: int, layer: str, chosen: few.Config | None = None) -> Tensor:
         x, weights, bias, form, activation = made[layer]
         parts = weights[i % len(weights)]
         if dry:
             return F.linear(x, decode(*parts, form, x.dtype), bias)
-        return few.rows_linear(x, *parts, bias, form, chosen, activation, early)
+        return few.rows_linear(x, *parts, bias, form, chosen, activation)
 
-    def whole(i: int, early: bool) -> None:
+    def whole(i: int) -> None:
         for layer in ("qkv", "out", "up", "down"):
-            call(i, layer, early)
+            call(i, layer)
 
     rows: list[tuple[str, dict[str, Callable[[int], Any]]]] = [
-        (layer, {f"early={early}": lambda i, a=layer, b=early: call(i, a, b) for early in (False, True)})
-        for layer in shapes
+        (layer, {"rows": lambda i, a=layer: call(i, a)}) for layer in shapes
     ]
     if sweep:
         for layer, variants in rows[:4]:
-            for chosen, early in itertools.product(SWEEP, (False, True)):
-                key = "/".join(map(str, chosen[:5])) + (" early" if early else "")
-                variants[key] = lambda i, a=layer, b=early, c=chosen: call(i, a, b, c)
+            for chosen in SWEEP:
+                variants["/".join(map(str, chosen[:5]))] = lambda i, a=layer, c=chosen: call(i, a, c)
     with ThreadPoolExecutor(8) as pool:  # compiles; a failure is logged by `measure`
         for done in [pool.submit(each, 0) for _, variants in rows for each in variants.values()]:
             done.exception()
@@ -223,15 +220,14 @@ def products(log: Log, name: str, dry: bool, sweep: bool) -> None:
         measure(log, "product", variants, exact, len(weights), dry, layer=layer, format=name, N=n, K=k,
                 floor_us=round(n * k * form.bits / 8 / 4.6e6, 2))  # fmt: skip
     least = min(len(made[layer][1]) for layer in ("qkv", "up", "down"))
-    both = {f"early={early}": lambda i, b=early: whole(i, b) for early in (False, True)}
-    measure(log, "layer", both, None, least, dry, format=name)
+    measure(log, "layer", {"rows": whole}, None, least, dry, format=name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON lines are appended to this file")
     parser.add_argument("--formats", default="fp16,int8,int4,torchao8,torchao4")
-    parser.add_argument("--ways", default="fuse_early,fuse,inductor")
+    parser.add_argument("--ways", default="fuse,inductor")
     parser.add_argument("--fp16-ms", type=float, help="of fp16's inductor_graph, where it is not run")
     for flag, text in (("--products", "alone"), ("--sweep", "with other configurations"), ("--dry", "tiny, on CPU")):
         parser.add_argument(flag, action="store_true", help=text)

@@ -84,7 +84,7 @@ def has_epilogue(rows: int | None) -> bool:
 
 def run(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format,
-    activation: str = "none", early: bool = False,
+    activation: str = "none",
 ) -> Tensor:  # fmt: skip
     """`dequant_linear` of inputs that `supports` takes, contiguous."""
     rows = x.numel() // max(x.shape[-1], 1)
@@ -95,11 +95,11 @@ def run(
         if not isinstance(kernel, str):
             return ring.ring_linear(kernel, x, codes, scale, zero, bias)
     if 0 < rows <= up_to.rows and few.supports(x, codes, scale, zero, lut, form) is None:
-        return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation, early=early)
+        return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation)
     if 0 < rows <= up_to.tiled and tiled.supports(x, codes, scale, zero, lut, form) is None:
         return activated(tiled.tiled_linear(x, codes, scale, zero, lut, bias, form), activation)
     if 0 < rows <= up_to.rows_alone and few.supports(x, codes, scale, zero, lut, form) is None:
-        return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation, early=early)
+        return few.rows_linear(x, codes, scale, zero, lut, bias, form, activation=activation)
     if columns.supports(x, codes, scale, zero, lut, form) is None:
         return columns.columns_linear(x, codes, scale, zero, bias, form, activation=activation)
     weight = written.decode_on_device(codes, scale, zero, lut, form, x.dtype)

@@ -19,7 +19,7 @@ from ._dequant_codes import BF16, FP16, convert, convert_planes, order, reorder,
 from ._dequant_layout import bytes_in_row, bytes_of, from_aligned, run_of, strides
 from ._dequant_planes import High, halves
 from ._dequant_rows_kernel import MISSING, gl, kernel
-from ._gemv_common import activated, launch_options, starts_early
+from ._gemv_common import activated
 from ._ops import INTERPRETED, launch, no_triton, on_device_of
 from .packed_weight import COMPUTE, Format, weight_shape
 
@@ -144,8 +144,7 @@ def _zeros(x: Tensor, zero: Tensor | None, form: Format) -> int:
 
 
 def constants(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, form: Format,
-              chosen: Config, lead: int = 0, activation: str = "none",
-              early: bool = False) -> dict[str, Any]:  # fmt: skip
+              chosen: Config, lead: int = 0, activation: str = "none") -> dict[str, Any]:  # fmt: skip
     """The kernel's constants, but for Triton's own options. `lead`: see `from_aligned`, of `nibbles_of` the codes."""
     codes, form, high = nibbles_of(codes, form)
     _, k = weight_shape(codes, form)
@@ -189,26 +188,22 @@ def constants(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias
         "HIGH_BITS": 0 if high is None else high.bits, "HIGH_RUN": 0 if high is None else high.run,
         "HIGH_AT": 0 if high is None else high.at, "WARPS": chosen.warps, "PARTS": chosen.parts,
         "AHEAD": min(chosen.ahead, unroll - 1), "UNROLL": unroll,
-        "ACTIVATION": activation if chosen.parts == 1 else "none", "EARLY": early,
+        "ACTIVATION": activation if chosen.parts == 1 else "none",
     }  # fmt: skip
 
 
 def rows_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None, form: Format,
-    chosen: Config | None = None, activation: str = "none", early: bool = False,
+    chosen: Config | None = None, activation: str = "none",
 ) -> Tensor:  # fmt: skip
-    """The product for inputs that `supports` takes, through an activation of `_gemv_common.ACTIVATIONS`.
-
-    early: the launch may begin before the one before it has ended, which then writes nothing that is read but x.
-    """
+    """The product for inputs that `supports` takes, through an activation of `_gemv_common.ACTIVATIONS`."""
     n, k = weight_shape(codes, form)
     flat = x.reshape(-1, k).contiguous()
     if flat.data_ptr() % 16:
         flat = flat.clone()
     chosen = chosen or config(flat.shape[0], n, k, form)
     read, lead = from_aligned(nibbles_of(codes, form)[0])
-    early = starts_early(x, early)
-    known = constants(flat, codes, scale, zero, bias, form, chosen, lead, activation, early)
+    known = constants(flat, codes, scale, zero, bias, form, chosen, lead, activation)
     words = flat.view(torch.int32) if form.bits == 4 and run_of(codes, form) == 0 else flat
     # 8-bit floats go through the registers of bytes: Triton's own type would be converted by it
     integers = read.view(torch.int8) if form.kind.startswith("fp8") else read
@@ -219,7 +214,7 @@ def rows_linear(
     arguments = [words, integers, scale, scale if zero is None else zero, scale if lut is None else lut,
                  scale if bias is None else bias, out, flat.shape[0], n]  # fmt: skip
     with on_device_of(x):
-        launch(kernel, grid, arguments, {**known, "num_warps": chosen.warps, **launch_options(early)})
+        launch(kernel, grid, arguments, {**known, "num_warps": chosen.warps})
     if not alone:
         out = activated(out.sum(0), activation).to(x.dtype)
     return out.view(*x.shape[:-1], n)

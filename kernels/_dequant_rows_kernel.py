@@ -7,7 +7,6 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     MISSING = ""
 except ImportError as error:  # no Triton, or one before or after this language
@@ -160,7 +159,7 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
            BLOCK_N: gl.constexpr, TILE: gl.constexpr, SPAN: gl.constexpr, BETWEEN: gl.constexpr, ROW: gl.constexpr,
            LEAD: gl.constexpr, ALIGNED: gl.constexpr, HIGH_BITS: gl.constexpr, HIGH_RUN: gl.constexpr,
            HIGH_AT: gl.constexpr, WARPS: gl.constexpr, PARTS: gl.constexpr, AHEAD: gl.constexpr,
-           UNROLL: gl.constexpr, ACTIVATION: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+           UNROLL: gl.constexpr, ACTIVATION: gl.constexpr):  # fmt: skip
     """BLOCK_N columns of the result (and as many HALVES later), or one of PARTS parts of their sums.
 
     The WARPS warps take blocks of columns in turns: a batch of products, added up at the end. The layouts of the
@@ -172,8 +171,7 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
     ADDED: 1 or -1 where the zero point, times that, is added to codes times scale: it multiplies sums of x, the
     product with a matrix of ones. Codes lie as `_dequant_layout.Bytes` says, LEAD bytes behind `codes`, and all pieces
     of a lane at multiples of ALIGNED. HIGH_BITS: of each code that lie elsewhere (see `_high`); or 0.
-    ACTIVATION: of a whole result. EARLY: the launch before may be at work still, on x alone of what is read
-    (programmatic dependent launch).
+    ACTIVATION: of a whole result.
     """
     IN_ROW: gl.constexpr = K // 2 if BITS == 4 and HALVES == 0 else K
     BLOCKS: gl.constexpr = IN_ROW // TILE
@@ -226,9 +224,6 @@ def kernel(x, codes, scale, zero, lut, bias, out, M, N, BITS: gl.constexpr, TABL
                                  GROUP, SCALE_N, SCALE_K, ZERO_N, ZERO_K, COMPUTE, ZEROS, ADDED, HIGH_BITS,
                                  HIGH_RUN, HIGH_AT)  # fmt: skip
                 ahead = ahead + (fetched,)
-            if EARLY and i == AHEAD:
-                gdc_wait()
-                gdc_launch_dependents()
             if i >= AHEAD:
                 acc, other = _step(acc, other, zeros, ones, ahead[0], first_block + (chunk + i - AHEAD) * WARPS,
                                    columns, planes, b_warp, BITS, CONVERT, CONVERT_OPERANDS, SPLIT, SPLIT_OPERANDS,

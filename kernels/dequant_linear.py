@@ -7,8 +7,6 @@ rounded as its source does.
 
 - x: [..., K], float32, float16 or bfloat16; bias: [N] of x's dtype, or None. All on one device.
 - activation: "none", "gelu", "gelu_tanh" or "silu".
-- early: the launch may begin before the one before it has ended (programmatic dependent launch). All that it reads but
-  x must then be written by nothing on the stream since two launches before.
 - Returns [..., N], contiguous, in x's dtype.
 - Gradients: of x and bias, without an activation. The parts are constants; needing their gradient raises
   NotImplementedError.
@@ -49,7 +47,7 @@ def supports(
 def reference(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None,
     bits: int, kind: str, rows: int, group: int, offset: int, nibbles: str, arithmetic: str, compute: str,
-    activation: str = "none", early: bool = False,
+    activation: str = "none",
 ) -> Tensor:  # fmt: skip
     """The op in plain torch: differentiable in x and bias, compilable."""
     form = Format(bits, kind, rows, group, offset, nibbles, arithmetic, compute)
@@ -83,20 +81,20 @@ def _check(
 def _forward(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None,
     bits: int, kind: str, rows: int, group: int, offset: int, nibbles: str, arithmetic: str, compute: str,
-    activation: str = "none", early: bool = False,
+    activation: str = "none",
 ) -> Tensor:  # fmt: skip
     form = Format(bits, kind, rows, group, offset, nibbles, arithmetic, compute)
     _check(x, codes, scale, zero, lut, bias, form, activation)
     if _dequant_dispatch.supports(x, codes, scale, zero, lut, form) is None:
         bias = None if bias is None else bias.contiguous()
-        return _dequant_dispatch.run(x, codes, scale, zero, lut, bias, form, activation, early).contiguous()
+        return _dequant_dispatch.run(x, codes, scale, zero, lut, bias, form, activation).contiguous()
     return reference(x, codes, scale, zero, lut, bias, *form, activation).contiguous()
 
 
 def _fake(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, lut: Tensor | None, bias: Tensor | None,
     bits: int, kind: str, rows: int, group: int, offset: int, nibbles: str, arithmetic: str, compute: str,
-    activation: str = "none", early: bool = False,
+    activation: str = "none",
 ) -> Tensor:  # fmt: skip
     form = Format(bits, kind, rows, group, offset, nibbles, arithmetic, compute)
     n, _ = _check(x, codes, scale, zero, lut, bias, form, activation)
@@ -104,7 +102,7 @@ def _fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, codes, scale, zero, lut, _, *fields, activation, _ = inputs
+    x, codes, scale, zero, lut, _, *fields, activation = inputs
     if activation != "none":
         raise NotImplementedError(f"dequant_linear has no gradient through {activation!r}")
     for name, part in (("scale", scale), ("zero", zero), ("lut", lut), ("codes", codes)):
@@ -117,7 +115,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     codes, scale, zero, lut = ctx.saved_tensors
     through = grad
-    grads = [None] * 16
+    grads = [None] * 15
     if ctx.needs_input_grad[0]:
         if ctx.form.arithmetic == "output":
             through = (grad * scale.flatten().to(COMPUTE[ctx.form.compute])).to(ctx.dtype)

@@ -34,7 +34,6 @@ from torch_fuse.options import Options
 from torch_fuse.patterns import _dequant_examples as examples
 from torch_fuse.patterns._activation_behind import activation_behind
 from torch_fuse.patterns._dequant_refusals import no_kernel, reason_unmeasured, rows_of, unlike_the_op
-from torch_fuse.patterns._early_launch import may_launch_early
 from torch_fuse.patterns._packed_formats import read
 from torch_fuse.patterns._packed_parts import Reading
 from torch_fuse.rewrite.builder import Builder
@@ -83,8 +82,7 @@ class DequantLinear(Pattern):
             region |= nodes
         inputs = tuple(dict.fromkeys(read_by_op))
         bindings = {"outer": outer, "product": product, "closures": closures, "scaled": scaled, "traced": traced,
-                    "packed": packed, "activation": "none" if behind is None else behind[1],
-                    "order": view.order}  # fmt: skip
+                    "packed": packed, "activation": "none" if behind is None else behind[1]}  # fmt: skip
         note = f"weight {list(product.shape)}" + ("" if behind is None else f", {behind[1]}")
         return Match(anchor, bindings, (end,), frozenset(region - set(inputs)), inputs, note)
 
@@ -98,7 +96,7 @@ class DequantLinear(Pattern):
             reason = dequant_linear.supports_device(device)
             if reason is not None:
                 return reason
-            reason = None if options.unmeasured else reason_unmeasured(match.bindings["outer"], device)
+            reason = None if options.unmeasured else reason_unmeasured(match.bindings["outer"], device, options)
             if reason is not None:
                 return reason
         found = _read(match)
@@ -125,9 +123,8 @@ class DequantLinear(Pattern):
             parts[1] = builder.call("reshape", here(scaled.scale), -1, 1)
         for node, (a, b) in closure.steps.items():
             _expect_steps(here(node), a, b, builder)
-        early = options.early_launch and _may_launch_early(match, parts)
         activation: str = match.bindings["activation"]
-        epilogue = (activation, early) if early or activation != "none" else ()
+        epilogue = () if activation == "none" else (activation,)
         new = builder.call(op, outer.input, *parts, outer.bias, *reading.form, *epilogue)
         return {match.replaced[0]: new}
 
@@ -199,24 +196,6 @@ def _epilogue(
         return None
     found = activation_behind(end, before, order)
     return found if found is not None and into_linears(found[0]) else None
-
-
-def _may_launch_early(match: Match, parts: list[Node | None]) -> bool:
-    """Whether the op's parts and its bias are there before the launch in front of it: stored, and only viewed."""
-    outer: Product = match.bindings["outer"]
-    stored = [_stored(part) for part in (*parts, outer.bias) if part is not None]
-    constants = [node for node in stored if node is not None]
-    return len(constants) == len(stored) and may_launch_early(match.bindings["order"], constants, outer.input)
-
-
-def _stored(node: Node) -> Node | None:
-    """The input of the graph that a value is read from as it lies in memory, or None."""
-    while node.op not in ("placeholder", "get_attr"):
-        source = node.args[0] if node.args else None
-        if not isinstance(source, Node) or (node.target is not getattr and storages(node) != storages(source)):
-            return None
-        node = source
-    return node
 
 
 def _expect_steps(node: Node, a: int, b: int, builder: Builder) -> None:

@@ -1,4 +1,4 @@
-"""Decoding with quantised weights: which pattern takes what, activations in the op, launches that begin early."""
+"""Decoding with quantised weights: which pattern takes what, activations in the op."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Block(nn.Module):
         return self.body(self, x)
 
 
-def run(body: Callable[[Any, Tensor], Any], x: Tensor, **options: Any) -> tuple[list[tuple[str, bool]], Rewriter]:
-    """(activation, early) of each op in the only graph, whose results are those of the module."""
+def run(body: Callable[[Any, Tensor], Any], x: Tensor, **options: Any) -> tuple[list[str], Rewriter]:
+    """The activation of each op in the only graph, whose results are those of the module."""
     block = Block(body)
     rewriter = Rewriter(Options(kernels="reference", on_error="raise", **options))
     with torch.set_grad_enabled(x.requires_grad):
@@ -68,12 +68,12 @@ def run(body: Callable[[Any, Tensor], Any], x: Tensor, **options: Any) -> tuple[
     torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
     (graph,) = rewriter.graphs
     ops = [node for node in graph.graph.nodes if node.target is dequant_linear.reference]
-    return [(node.args[14], node.args[15]) if len(node.args) == 16 else ("none", False) for node in ops], rewriter
+    return [node.args[14] if len(node.args) == 15 else "none" for node in ops], rewriter
 
 
 def test_norms_and_residual_sums_leave_quantised_weights_to_the_op_that_reads_their_codes() -> None:
     found, rewriter = run(lambda m, x: x + m.down(F.gelu(m.up(m.norm(x)))), torch.randn(1, 1, K))
-    assert found == [("gelu", False), ("none", False)]
+    assert found == ["gelu", "none"]
     assert {("decode_norm_linear", "kept"), ("decode_linear_residual", "kept"), ("dequant_linear", "fused")} <= (
         rewriter.statuses
     )
@@ -81,12 +81,10 @@ def test_norms_and_residual_sums_leave_quantised_weights_to_the_op_that_reads_th
 
 def test_a_models_step_is_recognised_and_agrees() -> None:
     model = quantised(models.build("GPTNeoX").requires_grad_(False))
-    rewriter = Rewriter(Options(kernels="reference", early_launch=True, on_error="raise"))
+    rewriter = Rewriter(Options(kernels="reference", on_error="raise"))
     same_steps(model, rewritten(model, rewriter), batch=1, new=1, prompts=(5,), steps=1)
     ops = [node for node in rewriter.graphs[0].graph.nodes if node.target is dequant_linear.reference]
-    assert [node.args[14:] for node in ops] == [("none", True), ("none", True), ("gelu", True), ("none", True)] * 2 + [
-        ("none", True)
-    ]
+    assert [node.args[14:] for node in ops] == [(), (), ("gelu",), ()] * 2 + [()]
 
 
 ABSORBED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
@@ -106,39 +104,14 @@ ABSORBED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
 def test_an_activation_between_two_layers_is_computed_by_the_first(name: str) -> None:
     body, activation = ABSORBED[name]
     found, rewriter = run(body, torch.randn(2, 1, K))
-    assert {each for each, _ in found} - {"none"} == {activation} - {"none"}, str(rewriter.report)
+    assert set(found) - {"none"} == {activation} - {"none"}, str(rewriter.report)
 
 
 @pytest.mark.parametrize(("rows", "grad"), [(300, False), (2, True)])
 def test_an_activation_of_many_rows_or_with_a_gradient_is_left_to_others(rows: int, grad: bool) -> None:
     assert dispatch.has_epilogue(1) and not dispatch.has_epilogue(300) and not dispatch.has_epilogue(None)
     found, _ = run(ABSORBED["gelu"][0], torch.randn(rows, 1, K, requires_grad=grad))
-    assert found == [("none", False)] * 2
-
-
-def _written(m: Any, x: Tensor) -> Tensor:
-    y = m.up(x * 2)
-    m.up.codes.add_(0)
-    return y
-
-
-EARLY: dict[str, tuple[Callable[[Any, Tensor], Any], bool]] = {
-    "computed": (lambda m, x: m.up(x * 2), True),
-    "input of the graph": (lambda m, x: m.up(x), False),
-    "codes written": (_written, False),
-    "scale computed": (lambda m, x: F.linear(x * 2, m.up.codes.to(x.dtype) * (m.up.scale * 2)), False),
-    "bias computed": (lambda m, x: F.linear(x * 2, m.up.codes.to(x.dtype) * m.up.scale, m.up.bias * 2), False),
-    "scale behind": (lambda m, x: F.linear(x * 2, m.up.codes.to(x.dtype)) * m.up.scale.flatten(), True),
-    "scale behind, computed": (lambda m, x: F.linear(x * 2, m.up.codes.to(x.dtype)) * (m.up.scale * 2)[:, 0], False),
-}
-
-
-@pytest.mark.parametrize("name", EARLY)
-@pytest.mark.parametrize("asked", [True, False])
-def test_a_weight_is_read_early_where_nothing_of_the_graph_writes_it(name: str, asked: bool) -> None:
-    body, early = EARLY[name]
-    found, rewriter = run(body, torch.randn(2, 1, K), early_launch=asked)
-    assert found == [("none", early and asked)], str(rewriter.report)
+    assert found == ["none"] * 2
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "none"])
@@ -151,7 +124,7 @@ def test_the_op_with_an_activation_against_float64(activation: str, dtype: torch
     act = {"gelu": F.gelu, "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"), "silu": F.silu, "none": lambda y: y}
     exact = act[activation](x.double() @ decode(codes, scale, None, None, form, torch.float64).T + bias.double())
     theirs = act[activation](F.linear(x, decode(codes, scale, None, None, form, dtype), bias))
-    found = dequant_linear.dequant_linear(x, codes, scale, None, None, bias, *form, activation, True)
+    found = dequant_linear.dequant_linear(x, codes, scale, None, None, bias, *form, activation)
     assert (found.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max() + 1e-6
 
 

@@ -135,6 +135,7 @@ def _layer(form: str, dtype: torch.dtype = torch.float16) -> nn.Module:
     ("int8", (1,), None), ("int8", (2, 8), None), ("int4", (16,), None), ("int4 zero", (1, 1), None),
     ("int8", (512,), None), ("int8", (513,), "513 rows"), ("int4", (0,), "0 rows"), ("uint8", (1,), "for this format"),
     ("int4 high", (1,), "for this format"), ("int8 trained", (1,), "a gradient"), ("int8 dynamic", (4,), "not static"),
+    ("int8 without graphs", (1,), "CUDA graphs"),
 ])  # fmt: skip
 def test_only_what_is_measured_to_win_fires_by_default(
     form: str, rows: tuple[int, ...], reason: str | None, monkeypatch: pytest.MonkeyPatch
@@ -144,7 +145,8 @@ def test_only_what_is_measured_to_win_fires_by_default(
     monkeypatch.setattr(dequant_linear, "supports", lambda *args: None)
     monkeypatch.setattr(dispatch.few, "MISSING", "")
     module, x = _layer(form), torch.randn(*rows, 256).half()
-    rewriter = Rewriter(Options(on_error="raise"))
+    graphs = {} if "without graphs" in form else {"triton.cudagraphs": True}
+    rewriter = Rewriter(Options(on_error="raise", inductor=graphs))
     torch._dynamo.reset()
     if "dynamic" in form:
         torch._dynamo.mark_dynamic(x, 0)
@@ -173,7 +175,7 @@ def test_the_kernels_get_a_bias_side_by_side(monkeypatch: pytest.MonkeyPatch) ->
         seen.append(bias)
         return x @ (codes * scale).t() + bias
 
-    monkeypatch.setattr(module, "_no_kernel", lambda *_: None)
+    monkeypatch.setattr(module._dequant_dispatch, "supports", lambda *_: None)
     monkeypatch.setattr(module._dequant_dispatch, "run", run_instead)
     x, codes, scale = torch.randn(2, SIZE), torch.ones(8, SIZE, dtype=torch.int8), torch.ones(8, 1)
     form = (8, "int", 1, SIZE, 0, "low", "sub_mul", "float32")

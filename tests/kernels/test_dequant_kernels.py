@@ -182,7 +182,7 @@ def test_tiles_have_one_scale() -> None:
 
 
 def compiled(form: Format, found: Parts, rows: int, dtype: torch.dtype, chosen: few.Config,
-             activation: str = "none", early: bool = False) -> dict[str, str]:  # fmt: skip
+             activation: str = "none") -> dict[str, str]:  # fmt: skip
     """The kernel for sm_90, without a GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -192,9 +192,7 @@ def compiled(form: Format, found: Parts, rows: int, dtype: torch.dtype, chosen: 
     x = torch.empty(rows, k, dtype=dtype)
     assert few.no_layout(x, codes, scale, zero, lut, form) is None
     lead = few.nibbles_of(codes, form)[0].storage_offset() % 16
-    known = few.constants(x, codes, scale, zero, None, form, chosen, lead, activation, early) | (
-        {"M": 1} if rows == 1 else {}
-    )
+    known = few.constants(x, codes, scale, zero, None, form, chosen, lead, activation) | ({"M": 1} if rows == 1 else {})
     short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int8: "i8"}
     pairs = form.bits == 4 and few.run_of(codes, form) == 0
     kinds = {
@@ -253,17 +251,6 @@ def test_codes_go_from_memory_to_the_product_without_shared_memory(name: str) ->
 
 # Loads of a chunk's codes, by their width in bytes: GGUF's blocks are aligned to two.
 LOADS = {"int8_per_row": 1, "uint4_high_zero": 1, "q8_0": 4, "q4_0": 4, "q4_k": 1, "gptq": 1, "hqq_halves": 1}
-
-
-@pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED or bool(MISSING), reason="compiles Gluon")
-def test_an_early_launch_asks_for_codes_first_and_reads_activations_after_its_wait() -> None:
-    form = Format(4, "uint", 1, 128)
-    found = tuple(None if part is None else part.cpu() for part in parts(form, 16, 1536, torch.float16))
-    ptx = compiled(form, found, 1, torch.float16, few.Config(16, 4), "gelu", early=True)["ptx"]  # type: ignore[arg-type]
-    before, after = ptx.split("griddepcontrol.wait", 1)
-    assert "evict_first" in before and "mma.sync" not in before and "ld.global.v4.b32" not in before
-    assert "griddepcontrol.launch_dependents" in after.split("mma.sync", 1)[0] and "ld.global.v4.b32" in after
-    assert "st.global" not in before, "the launch before may still read what this one writes"
 
 
 @pytest.mark.skipif(not _ops.HAS_TRITON or _ops.INTERPRETED, reason="compiles Triton")
@@ -329,22 +316,5 @@ def test_a_few_rows_through_an_activation(activation: str, chosen: few.Config | 
     x, bias = torch.randn(3, 2048, device=DEVICE).half(), torch.randn(100, device=DEVICE).half()
     exact = activated(x.double() @ decode(*scaled, form, torch.float64).t() + bias.double(), activation)
     theirs = activated(torch.nn.functional.linear(x, decode(*scaled, form, torch.float16), bias), activation)
-    for early in (False, True):
-        ours = few.rows_linear(x, *scaled, bias, form, chosen, activation, early)
-        assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-def test_launches_that_begin_early_wait_for_what_they_read() -> None:
-    form = Format(8, "int", 1, 1024)
-    weights = [(c, s / 4000, None, None) for c, s, _, _ in (parts(form, 1024, 1024) for _ in range(2))]
-    x = torch.randn(1, 1024, device=DEVICE).half()
-    results = []
-    for early in (False, True):
-        y = x
-        for i in range(200):
-            y = few.rows_linear(y, *weights[i % 2], None, form, None, "gelu", early and i > 0)
-            y = y / y.norm() if i % 20 == 19 else y
-        results.append(y)
-    assert torch.equal(*results)
+    ours = few.rows_linear(x, *scaled, bias, form, chosen, activation)
+    assert (ours.double() - exact).abs().max() <= 2 * (theirs.double() - exact).abs().max()
