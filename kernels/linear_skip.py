@@ -135,7 +135,7 @@ def _forward(y: Tensor, weight: Tensor, bias: Tensor | None, x: Tensor, a: Tenso
     t, spec = Operands(y, weight, bias, x, a, b), Spec(alpha, beta, mode, save_linear, out_dtype, a_of, b_of)
     check(t, spec)
     if supports(t, spec) is not None:
-        return reference(*t, *spec)
+        return reference(*t, *spec)  # type: ignore[arg-type]
     if _linear_skip_hopper.cannot_take(t, spec) is None:
         return hopper_linear_skip(*t, *spec)
     return _tiled(t, spec)

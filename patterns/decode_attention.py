@@ -254,7 +254,7 @@ def with_lanes(node: Node, builder: Builder) -> Node:
 def emit_mask(attention: Attention, builder: Builder) -> Node:
     """The mask [B or 1, H or 1, Q, S]; all queries may share a row of it."""
     node, query = attention.mask, tensor(attention.query)
-    assert query is not None
+    assert node is not None and query is not None
     for _ in range(4 - tensor(node).dim()):  # type: ignore[union-attr]
         node = builder.shared("unsqueeze", node, 0)
     node = once(node, builder)
