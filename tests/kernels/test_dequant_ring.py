@@ -199,18 +199,20 @@ def test_the_kernel_compiles_for_hopper(early: bool) -> None:
     assert _cuda.compiled("dequant_ring", fitting.constants)[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize(("allowed", "rows"), [(0, 3), (2, 3), (3, 3)])
-def test_the_op_takes_it_up_to_the_rows_that_are_allowed(monkeypatch: Any, allowed: int, rows: int) -> None:
+@pytest.mark.parametrize(("allowed", "least"), [(2, 0), (3, 0), (3, 48 * 512), (3, 48 * 512 + 1)])
+def test_the_op_takes_it_for_few_rows_of_a_large_weight(monkeypatch: Any, allowed: int, least: int) -> None:
+    rows = 3
     x, codes, scale, zero, _ = parts(CASES["int4_zero"])
     marker = torch.zeros(rows, 48, dtype=torch.float16)
     monkeypatch.setattr(dispatch, "RING_ROWS", allowed)
+    monkeypatch.setattr(dispatch, "RING_SIZE", least)
     monkeypatch.setattr(ring, "kernel_for", lambda *_: object())
     monkeypatch.setattr(ring, "ring_linear", lambda *_: marker)
     for other in (dispatch.few, dispatch.tiled):
         monkeypatch.setattr(other, "supports", lambda *_: "not here")
     monkeypatch.setattr(dispatch.written, "decode_on_device", lambda *_: torch.zeros(48, 512, dtype=torch.float16))
     taken = dispatch.run(x, codes, scale, zero, None, None, INT4) is marker
-    assert taken == (rows <= allowed)
+    assert taken == (rows <= allowed and least <= 48 * 512)
 
 
 class Recorder:
