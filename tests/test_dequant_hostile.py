@@ -133,7 +133,7 @@ def _layer(form: str, dtype: torch.dtype = torch.float16) -> nn.Module:
 
 @pytest.mark.parametrize("form, rows, reason", [
     ("int8", (1,), None), ("int8", (2, 8), None), ("int4", (16,), None), ("int4 zero", (1, 1), None),
-    ("int8", (512,), None), ("int8", (513,), "513 rows"), ("int4", (0,), "0 rows"), ("uint8", (1,), "for this format"),
+    ("int8", (256,), None), ("int8", (257,), "257 rows"), ("int4", (0,), "0 rows"), ("uint8", (1,), "for this format"),
     ("int4 high", (1,), "for this format"), ("int8 trained", (1,), "a gradient"), ("int8 dynamic", (4,), "not static"),
     ("int8 without graphs", (1,), "CUDA graphs"),
 ])  # fmt: skip

@@ -112,6 +112,7 @@ class Consumer {
         }
       }
     }
+    if (X_ROWS > 0) __syncwarp();  // a warp reads what it wrote
     if (!CORRECTED) return;
 #pragma unroll
     for (int i = 0; i < FLUSHES; ++i) {
@@ -133,7 +134,7 @@ class Consumer {
     return (((segment * SEGMENT + piece(own)) * CHUNKS + chunk) * X_ROWS + m) * 4 + quarter();
   }
 
-  // What a piece is multiplied with; the warp that wrote it has met before, where it empties a slot.
+  // What a piece is multiplied with.
   __device__ __forceinline__ const Operands& x_of(int segment, int own, Operands& found) const {
     if constexpr (X_ROWS == 0) return x_[segment * OWN + own];
 #pragma unroll
