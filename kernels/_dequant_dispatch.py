@@ -43,7 +43,7 @@ PLANES = Crossover(16, 32, 0)
 # (benchmarks/results/dequant_ring.jsonl): 14336 x 4096 in 14.1 us instead of 17.9 (one row) and 16.5 instead of 18.3
 # (eight), but 10240 x 2560 in 8.7 instead of 7.6, and int8 is slower at both.
 RING_ROWS, RING_SIZE = 8, 48 << 20
-# Rows of x up to which the op is measured to beat Inductor on sm_90: behind these, writing 4-bit weights out has changed
+# Rows of x up to which the op is measured to beat Inductor on sm_90: behind these, writing 4-bit weights out changed
 # since it was measured.
 MEASURED_ROWS = 256
 
